@@ -1,0 +1,74 @@
+# A fresh machine needs git and Python 3.11 to 3.13, nothing else: each verb first makes the virtual environment it needs.
+#
+#   make train [EPOCHS=12] [ARGS=...]   train FFSD on the bundled digits, beside a plain baseline
+#   make test                           the tests that take seconds
+#   make test-all                       those and the long ones (no GPU)
+#   make test-oldest                    the tests of `make test` on the oldest supported PyTorch
+#   make bench                          time one training step, quick form
+#   make lint                           ruff: rules and formatting
+#
+# PYTHON=python3.12 names another interpreter.
+
+PYTHON ?= python3
+EPOCHS ?= 12
+ARGS ?=
+
+OLDEST := torch==2.11.0 torchvision==0.26.0 triton==3.6.0 "numpy==2.3.*"
+PIP_INSTALL := bin/python -m pip install --quiet --disable-pip-version-check
+
+# In the syntax of old interpreters, so that they too can say what is wrong.
+define CHECK_PYTHON
+import sys
+version = "%d.%d" % sys.version_info[:2]
+if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+    sys.exit("fastfuse needs Python 3.11 to 3.13, $(PYTHON) is %s: name another one, make PYTHON=python3.12" % version)
+try:
+    import ensurepip, venv
+except ImportError:
+    sys.exit("$(PYTHON) lacks the venv module: install it (Debian: python%s-venv) or make PYTHON=..." % version)
+endef
+export CHECK_PYTHON
+
+.PHONY: train test test-all test-oldest bench lint
+
+train: .venv/.installed
+	.venv/bin/fastfuse train --method ffsd --model resnet20 --students 2 --data digits --epochs $(EPOCHS) \
+		--batch-size 32 --baseline $(ARGS)
+
+test: .venv/.installed-test
+	.venv/bin/python -m pytest -m "not long and not gpu" -q $(ARGS)
+
+test-all: .venv/.installed-test
+	.venv/bin/python -m pytest -m "not gpu" -q $(ARGS)
+
+test-oldest: .venv-oldest/.installed-test
+	.venv-oldest/bin/python -m pytest -m "not long and not gpu" -q $(ARGS)
+
+bench: .venv/.installed
+	.venv/bin/python benchmarks/run.py --suite step --quick $(ARGS)
+
+lint: .venv/.installed-test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+.venv/bin/pip .venv-oldest/bin/pip:
+	@command -v "$(PYTHON)" >/dev/null || { echo "no $(PYTHON) here: name an interpreter, make PYTHON=..." >&2; exit 1; }
+	@"$(PYTHON)" -c "$$CHECK_PYTHON"
+	@"$(PYTHON)" -m venv $(@D:/bin=)
+
+# pip is written last when an environment is made, and its date says nothing about the package: hence order-only.
+.venv/.installed: pyproject.toml setup.py | .venv/bin/pip
+	@echo "Installing fastfuse with PyTorch into .venv (5 GB, minutes the first time)"
+	@.venv/$(PIP_INSTALL) --editable .
+	@touch $@
+
+.venv/.installed-test: .venv/.installed
+	@echo "Installing pytest and ruff into .venv"
+	@.venv/$(PIP_INSTALL) --editable ".[test]"
+	@touch $@
+
+# One call of pip with the pins and the package: a second call would be free to upgrade what the first one pinned.
+.venv-oldest/.installed-test: pyproject.toml setup.py Makefile | .venv-oldest/bin/pip
+	@echo 'Installing fastfuse with $(OLDEST) into .venv-oldest (5 GB, minutes the first time)'
+	@.venv-oldest/$(PIP_INSTALL) $(OLDEST) --editable ".[test]"
+	@touch $@

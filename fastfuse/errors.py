@@ -1,0 +1,35 @@
+"""What a user can do wrong, as exceptions whose text is one clear line: what was wrong, what was expected, how to mend it.
+
+The command line prints that line without a traceback; every other exception is a fault of this package and shows one.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class FastfuseError(Exception):
+    """Base of all errors that a user can mend."""
+
+
+class InputError(FastfuseError, ValueError):
+    """A value, file, shape or option that cannot be used."""
+
+
+class CheckpointError(FastfuseError):
+    """A checkpoint that is damaged, is not one, or belongs to another run."""
+
+
+class NonFiniteLossError(FastfuseError, ArithmeticError):
+    """A loss term became infinite or not a number."""
+
+
+class BackendUnavailableError(FastfuseError, RuntimeError):
+    """An explicitly requested kernel backend cannot serve here."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
+    """The error for a name that is not among the known ones; it lists the near ones first."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return InputError(f"unknown {kind} {name!r}: {hint}known: {', '.join(known)}")

@@ -1,0 +1,34 @@
+"""What every test gets: fixed seeds, few threads, and a stated reason where a GPU is missing."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+# The tensors are small: more threads only wait for each other, and the order of sums should not follow the machine.
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that needs a GPU is skipped, with the reason, where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: torch.cuda.is_available() is False"))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers in a test whether it runs alone or among others."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of recorded values (tests/golden)."""
+    return Path(__file__).parent / "golden"
