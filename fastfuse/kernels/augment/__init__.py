@@ -1,0 +1,1 @@
+"""Per-sample pad, flip, crop and normalisation of images that live on the device, in one gather."""
