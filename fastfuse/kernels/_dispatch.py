@@ -1,0 +1,58 @@
+"""Which backend serves an op: names, resolution, and the reason why one cannot.
+
+`auto` takes the first usable backend in the order in which the op registered them. An explicit request never falls
+back. FASTFUSE_BACKEND replaces `auto` for the whole process; it is read at the first call that asks.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+
+from fastfuse.errors import BackendUnavailableError, unknown_name
+
+BACKENDS = ("reference", "triton", "cuda")
+
+# op -> backend -> a function that says why the backend cannot serve here (None: it can).
+WhyNot = Callable[[], str | None]
+_ops: dict[str, dict[str, WhyNot | None]] = {}
+_process_default: str | None = None
+
+
+def register(op: str, backends: Mapping[str, WhyNot | None]) -> None:
+    """Declare an op and its backends, the preferred one first."""
+    _ops[op] = dict(backends)
+
+
+def ops() -> tuple[str, ...]:
+    """All registered ops, sorted."""
+    return tuple(sorted(_ops))
+
+
+def why_not(op: str, backend: str) -> str | None:
+    """Why a backend cannot serve an op on this machine; None if it can."""
+    if op not in _ops:
+        raise unknown_name("op", op, _ops)
+    if backend not in BACKENDS:
+        raise unknown_name("backend", backend, (*BACKENDS, "auto"))
+    if backend not in _ops[op]:
+        return f"this version has no {backend} kernel for {op}"
+    reason = _ops[op][backend]
+    return None if reason is None else reason()
+
+
+def resolve(op: str, backend: str = "auto") -> str:
+    """The name of the backend that serves a call.
+
+    Raises:
+        BackendUnavailableError: an explicit backend cannot serve; the text says why.
+        InputError: no such backend.
+    """
+    global _process_default
+    if backend == "auto":
+        if _process_default is None:
+            _process_default = os.environ.get("FASTFUSE_BACKEND") or "auto"
+        backend = _process_default
+    if backend == "auto":
+        return next(name for name in _ops[op] if why_not(op, name) is None)
+    if (reason := why_not(op, backend)) is not None:
+        raise BackendUnavailableError(f"{op} cannot run on backend {backend!r}: {reason}; use backend='auto'")
+    return backend

@@ -1,0 +1,1 @@
+"""Distance of L2-normalised attention maps; see README.md beside this file."""

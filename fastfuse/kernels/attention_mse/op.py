@@ -1,0 +1,77 @@
+"""Public form of attention_mse and attention_map."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastfuse.errors import InputError
+from fastfuse.kernels import _dispatch, _numerics
+from fastfuse.kernels.attention_mse import reference
+
+_dispatch.register("attention_mse", {"reference": None})
+
+
+def attention_map(features: Tensor | Sequence[Tensor], *, backend: str = "auto") -> Tensor:
+    """Attention map: the channel mean of squares, `att` in the FFSD equations.
+
+    Args:
+        features: [B, C, H, W] floating point, or several such maps of equal B, H, W, which stand for their channel
+            concatenation (it is not built: att(cat) is the mean of the attentions weighted by channels).
+        backend: "auto", "reference", "triton" or "cuda".
+
+    Returns:
+        [B, H, W], float32 for half-precision input, else the input's dtype.
+    """
+    features = [features] if isinstance(features, Tensor) else list(features)
+    if not features:
+        raise InputError("features must hold at least one map")
+    for s, feature in enumerate(features):
+        _numerics.check_floating(f"features[{s}]", feature, (4,))
+        _check_grid(f"features[{s}]", feature, "features[0]", features[0])
+    _dispatch.resolve("attention_mse", backend)
+    return reference.attention_map(features)
+
+
+def attention_mse(
+    inputs: Tensor | Sequence[Tensor],
+    targets: Tensor | Sequence[Tensor],
+    *,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Squared distance of L2-normalised attention maps, for one pair or a list of pairs of any shapes.
+
+    D2(att(x), att(y)) = mean over B and H W of (att(x)/|att(x)| - att(y)/|att(y)|)^2, norms per sample, at least 1e-12.
+    Source: FFSD (arXiv 2103.14473), fusion and self-distillation losses.
+
+    Args:
+        inputs: feature maps [B, C, H, W] or ready attention maps [B, H, W]; floating point.
+        targets: the same, channel counts may differ from the inputs'; gradients flow wherever they are required.
+        reduction: over the samples of a pair: "mean", "sum" or "none".
+        backend: "auto", "reference", "triton" or "cuda".
+
+    Returns:
+        For one pair 0-d (or [B] for "none"); for lists of P pairs [P] (or a stack [P, B] for "none").
+
+    Raises:
+        InputError, TypeError: pairs that differ in batch, height, width or device; wrong dtype or dimensions.
+    """
+    single = isinstance(inputs, Tensor)
+    pairs = _numerics.as_pairs(inputs, targets)
+    _numerics.check_reduction(reduction)
+    for i, (x, y) in enumerate(pairs):
+        _numerics.check_floating(f"inputs[{i}]", x, (3, 4))
+        _numerics.check_floating(f"targets[{i}]", y, (3, 4))
+        _check_grid(f"targets[{i}]", y, f"inputs[{i}]", x)
+    _dispatch.resolve("attention_mse", backend)
+    losses = [reference.attention_mse(x, y, reduction) for x, y in pairs]
+    return losses[0] if single else torch.stack(losses)
+
+
+def _check_grid(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    _numerics.check_same_device(other_name, other, **{name: x})
+    if (x.shape[0], *x.shape[-2:]) != (other.shape[0], *other.shape[-2:]):
+        raise InputError(
+            f"{name} {list(x.shape)} and {other_name} {list(other.shape)} must agree in batch, height and width"
+        )

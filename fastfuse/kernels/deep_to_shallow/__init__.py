@@ -1,0 +1,1 @@
+"""FFSD's deep-to-shallow transform; see README.md beside this file."""

@@ -1,0 +1,54 @@
+"""Public form of normalized_lp."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastfuse.errors import InputError
+from fastfuse.kernels import _dispatch, _numerics
+from fastfuse.kernels.normalized_lp import reference
+
+_dispatch.register("normalized_lp", {"reference": None})
+
+
+def normalized_lp(
+    inputs: Tensor | Sequence[Tensor],
+    targets: Tensor | Sequence[Tensor],
+    *,
+    p: int = 2,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Distance of L2-normalised feature maps, for one pair or a list of pairs of any shapes.
+
+    mean over B and M of |x/|x| - y/|y||^p, norms per sample over all M = C H W elements, at least 1e-12.
+    Source: p = 2 FFSD (arXiv 2103.14473), training of the transforms; p = 1 Factor Transfer and FEED (arXiv 1909.10754).
+
+    Args:
+        inputs: [B, ...] floating point with at least two dimensions.
+        targets: the same shapes; gradients flow wherever they are required.
+        p: 1 or 2.
+        reduction: over the samples of a pair: "mean", "sum" or "none".
+        backend: "auto", "reference", "triton" or "cuda".
+
+    Returns:
+        For one pair 0-d (or [B] for "none"); for lists of P pairs [P] (or a stack [P, B] for "none").
+
+    Raises:
+        InputError, TypeError: pairs of different shape or device, wrong dtype, p that is neither 1 nor 2.
+    """
+    single = isinstance(inputs, Tensor)
+    pairs = _numerics.as_pairs(inputs, targets)
+    _numerics.check_reduction(reduction)
+    if p not in (1, 2):
+        raise InputError(f"p is 1 or 2, not {p!r}")
+    for i, (x, y) in enumerate(pairs):
+        _numerics.check_floating(f"inputs[{i}]", x, (2, 3, 4, 5))
+        _numerics.check_floating(f"targets[{i}]", y, (2, 3, 4, 5))
+        _numerics.check_same_device(f"inputs[{i}]", x, **{f"targets[{i}]": y})
+        if x.shape != y.shape:
+            raise InputError(f"targets[{i}] {list(y.shape)} must have the shape of inputs[{i}] {list(x.shape)}")
+    _dispatch.resolve("normalized_lp", backend)
+    losses = [reference.normalized_lp(x, y, p, reduction) for x, y in pairs]
+    return losses[0] if single else torch.stack(losses)

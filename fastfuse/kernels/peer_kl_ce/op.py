@@ -1,0 +1,130 @@
+"""Public form of peer_kl_ce."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastfuse.errors import InputError
+from fastfuse.kernels import _dispatch, _numerics
+from fastfuse.kernels.peer_kl_ce import reference
+
+_dispatch.register("peer_kl_ce", {"reference": None})
+
+ENSEMBLE = -1
+
+
+class PeerKlCe(NamedTuple):
+    """Per head: `cross_entropy` [R] and `divergence` [R] (0 for a head without teachers), batch means."""
+
+    cross_entropy: Tensor
+    divergence: Tensor
+
+
+def peer_kl_ce(
+    logits: Tensor | Sequence[Tensor],
+    labels: Tensor,
+    *,
+    temperature: float,
+    teachers: Sequence[Sequence[int]] | None = None,
+    ensemble: Sequence[int] | None = None,
+    target_epsilon: float = 0.0,
+    backend: str = "auto",
+) -> PeerKlCe:
+    """Cross-entropy of every head and its temperature KL from its teachers, for all heads of a step at once.
+
+    divergence_i = T^2 / |teachers_i| * sum_j KL(sg softmax(z_j / T) || softmax(z_i / T)), KL summed over classes and
+    averaged over the batch; targets carry no gradient. Sources: deep mutual learning (arXiv 1706.00384), FFSD
+    (arXiv 2103.14473), FFL (arXiv 1904.09058).
+
+    Args:
+        logits: R heads, [R, B, K] or R tensors [B, K]; floating point.
+        labels: [B] int64, each in 0..K-1.
+        temperature: T > 0.
+        teachers: for each head the heads it learns from, by index; ENSEMBLE (-1) is the mean of the logits of
+            `ensemble`. None: every head learns from all others.
+        ensemble: indices of the heads whose logits are averaged; None: all.
+        target_epsilon: added to every target probability, not renormalised (FFL's program adds 1e-7).
+        backend: "auto", "reference", "triton" or "cuda".
+
+    Returns:
+        PeerKlCe(cross_entropy [R], divergence [R]), float32 for half-precision logits.
+
+    Raises:
+        InputError, TypeError: heads of different shape or device, wrong labels' shape or dtype, T <= 0, a teacher that
+            does not exist or is the head itself.
+    """
+    rows = list(logits.unbind(0)) if isinstance(logits, Tensor) else list(logits)
+    _check(rows, labels, temperature)
+    heads = range(len(rows))
+    teachers = [[j for j in heads if j != i] for i in heads] if teachers is None else teachers
+    ensemble = list(heads) if ensemble is None else list(ensemble)
+    resolved = [[_teacher(i, j, len(rows)) for j in row] for i, row in enumerate(teachers)]
+    if len(resolved) != len(rows):
+        raise InputError(f"teachers must name the teachers of each of {len(rows)} heads, {len(resolved)} given")
+    if not ensemble or any(i not in heads for i in ensemble):
+        raise InputError(f"ensemble must hold heads 0..{len(rows) - 1}, not {ensemble}")
+    _dispatch.resolve("peer_kl_ce", backend)
+    return PeerKlCe(*reference.peer_kl_ce(rows, labels, temperature, resolved, ensemble, target_epsilon))
+
+
+def peer_kl(
+    prediction: Tensor,
+    peers: Sequence[Tensor],
+    *,
+    temperature: float,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """The divergence of `peer_kl_ce` for one head, without cross-entropy.
+
+    Args:
+        prediction: [B, K] floating point.
+        peers: at least one [B, K]; detached.
+        temperature: T > 0.
+        reduction: over samples: "mean", "sum" or "none".
+        backend: "auto", "reference", "triton" or "cuda".
+
+    Returns:
+        0-d, or [B] for "none".
+    """
+    if not peers:
+        raise InputError("peers must hold at least one peer's logits")
+    _check_rows([prediction, *peers], temperature)
+    _numerics.check_reduction(reduction)
+    _dispatch.resolve("peer_kl_ce", backend)
+    return _numerics.reduce(reference.peer_kl(prediction, peers, temperature), reduction)
+
+
+def _teacher(head: int, teacher: int, heads: int) -> int:
+    if teacher == ENSEMBLE:
+        return heads
+    if teacher == head or not 0 <= teacher < heads:
+        raise InputError(
+            f"head {head} cannot learn from head {teacher}: teachers are other heads 0..{heads - 1} or ENSEMBLE"
+        )
+    return teacher
+
+
+def _check(rows: list[Tensor], labels: Tensor, temperature: float) -> None:
+    _check_rows(rows, temperature)
+    _numerics.check_same_device("logits[0]", rows[0], labels=labels)
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64 class indices, not {labels.dtype}; use labels.long()")
+    if labels.shape != rows[0].shape[:1]:
+        raise InputError(
+            f"labels must have shape [{rows[0].shape[0]}] like the batch of the logits, not {list(labels.shape)}"
+        )
+
+
+def _check_rows(rows: list[Tensor], temperature: float) -> None:
+    if not rows:
+        raise InputError("logits must hold at least one head")
+    for i, row in enumerate(rows):
+        _numerics.check_floating(f"logits[{i}]", row, (2,))
+        _numerics.check_same_device("logits[0]", rows[0], **{f"logits[{i}]": row})
+        if row.shape != rows[0].shape:
+            raise InputError(f"logits[{i}] {list(row.shape)} must have the shape of logits[0] {list(rows[0].shape)}")
+    if not temperature > 0:
+        raise InputError(f"temperature must be positive, not {temperature}")
