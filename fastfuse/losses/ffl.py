@@ -1,0 +1,40 @@
+"""The losses of FFL (Kim et al., arXiv 1904.09058), as the published program computes them."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from fastfuse import functional
+from fastfuse.losses.ramps import sigmoid_rampup
+
+if TYPE_CHECKING:
+    from fastfuse.losses.fusion_loss import Batch, FusionLoss
+
+DEFAULTS = {"temperature": 3.0, "rampup_epochs": 80, "kl_target_epsilon": 0.0}
+
+
+def ramp(progress: float | Tensor, rampup_epochs: float) -> float | Tensor:
+    """The consistency weight of all KL terms; the published program counts its epochs from 0."""
+    return sigmoid_rampup(progress, rampup_epochs)
+
+
+def terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """All terms as they enter the sum, the fused logits and the detached fused map.
+
+    The fused head's losses reach the sub-networks: the fusion input is not detached, unlike FFSD's.
+    """
+    count = len(batch.features)
+    fused = loss.fusion([maps[-1] for maps in batch.features])
+    cross_entropy, divergence = functional.peer_kl_ce(
+        [*batch.logits, fused.logits],
+        batch.labels,
+        temperature=loss.hyperparameters["temperature"],
+        teachers=[[count]] * count + [[functional.ENSEMBLE]],
+        ensemble=range(count),
+        target_epsilon=loss.hyperparameters["kl_target_epsilon"],
+    )
+    found = {}
+    for i, name in enumerate([*(f"student{i}" for i in range(count)), "fusion"]):
+        found[f"{name}_ce"] = cross_entropy[i]
+        found[f"{name}_kl"] = weight * divergence[i]
+    return found, fused.logits, fused.fused.detach()

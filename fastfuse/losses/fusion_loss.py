@@ -1,0 +1,318 @@
+"""`FusionLoss`: the losses of FFSD and FFL with the modules that they train, for any loop."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastfuse import functional
+from fastfuse.errors import InputError, unknown_name
+from fastfuse.losses import ffl, ffsd
+from fastfuse.nn.connectors import Connector
+from fastfuse.nn.fusion import FusionHead, TransFusion
+from fastfuse.nn.transforms import DeepToShallow
+
+METHODS = {"ffsd": ffsd, "ffl": ffl}
+FEATURE_TERMS = ("attention", "mse", "kl")
+
+Maps = Tensor | Sequence[Tensor]
+
+
+class FusionLossOutput(NamedTuple):
+    """What `FusionLoss` returns.
+
+    Attributes:
+        loss: 0-d, the sum of all terms; call `backward()` on it once.
+        terms: 0-d detached tensors by name, each as it enters the sum.
+        fused_logits: [B, K], detached: the fused head's prediction.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    fused_logits: Tensor
+
+
+class ParameterGroups(NamedTuple):
+    """Parameter groups with their settings: `sgd` for torch.optim.SGD, `adam` for torch.optim.Adam (may be empty)."""
+
+    sgd: list[dict[str, Any]]
+    adam: list[dict[str, Any]]
+
+
+class Batch(NamedTuple):
+    """One checked batch: maps per student and stage, logits per student, labels, and the leader's if there is one."""
+
+    features: list[list[Tensor]]
+    logits: list[Tensor]
+    labels: Tensor
+    leader_features: list[Tensor] | None
+    leader_logits: Tensor | None
+
+
+class FusionLoss(nn.Module):
+    """Feature-fusion distillation as a loss: FFSD (arXiv 2103.14473) or FFL (arXiv 1904.09058).
+
+    It owns what the terms train (fusion head, trans-fusion, transforms, connectors); give its `parameter_groups()` to
+    the optimizers. One backward of `.loss` trains students, leader and these modules; targets are detached inside.
+
+    Args:
+        feature_channels: for each student, the channels of its last map, or of all its tapped maps, shallow to deep.
+            Self-distillation and its transforms exist only where maps of two or more stages are given.
+        num_classes: K.
+        method: "ffsd" or "ffl".
+        leader_channels: the same for the leader; None trains without one (its logits and maps are then not taken).
+        temperature: T of all KL terms (2 for ffsd, 3 for ffl).
+        rampup_epochs: warm-up of the lambdas (ffsd, 5) or of the KL terms (ffl, 80); 0 switches it off.
+        lambda_diversity: weight of diversity and of the students' self-distillation (ffsd, 1e-5).
+        lambda_fusion: weight of the leader's attention terms (ffsd, 10).
+        lambda_self_distillation: weight of the transforms' training (ffsd, 1000).
+        diversity_mode: "published" or "normalized" (ffsd); see `fastfuse.functional.diversity_loss`.
+        kl_target_epsilon: added to KL targets (ffl, 0; its program adds 1e-7).
+        feature: None for the published terms alone; "attention", "mse" or "kl" adds a term that holds every student's
+            last map against the detached fused map, summed across students, with 1x1 connectors for "mse" and "kl"
+            where channels differ.
+        feature_weight: weight of that term.
+        feature_temperature: T of "kl", taken over positions.
+
+    Raises:
+        InputError: too few students, an unknown method or term, a hyper-parameter that the method does not have.
+    """
+
+    def __init__(
+        self,
+        feature_channels: Sequence[int | Sequence[int]],
+        num_classes: int,
+        *,
+        method: str = "ffsd",
+        leader_channels: int | Sequence[int] | None = None,
+        temperature: float | None = None,
+        rampup_epochs: float | None = None,
+        lambda_diversity: float | None = None,
+        lambda_fusion: float | None = None,
+        lambda_self_distillation: float | None = None,
+        diversity_mode: str | None = None,
+        kl_target_epsilon: float | None = None,
+        feature: str | None = None,
+        feature_weight: float = 1.0,
+        feature_temperature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if method not in METHODS:
+            raise unknown_name("method", method, METHODS)
+        if feature is not None and feature not in FEATURE_TERMS:
+            raise unknown_name("feature term", feature, FEATURE_TERMS)
+        self.method = method
+        self.feature = feature
+        self.feature_weight = feature_weight
+        self.feature_temperature = feature_temperature
+        self.hyperparameters = _hyperparameters(
+            method,
+            temperature=temperature,
+            rampup_epochs=rampup_epochs,
+            lambda_diversity=lambda_diversity,
+            lambda_fusion=lambda_fusion,
+            lambda_self_distillation=lambda_self_distillation,
+            diversity_mode=diversity_mode,
+            kl_target_epsilon=kl_target_epsilon,
+        )
+        self.feature_channels = [_channels(c) for c in feature_channels]
+        self.leader_channels = None if leader_channels is None else _channels(leader_channels)
+        self._check_networks()
+
+        last = [channels[-1] for channels in self.feature_channels]
+        # The leader's transform reads the fused map, so the fused map has the leader's width where there is a leader.
+        fused_channels = self.leader_channels[-1] if self.leader_channels else max(last)
+        self.fusion = FusionHead(last, fused_channels, num_classes)
+        self.trans_fusion = TransFusion([self.leader_channels[-1]], sum(last)) if self.leader_channels else None
+        self.transforms = nn.ModuleDict()
+        self.transform_sources: dict[str, int | str] = {}
+        if method == "ffsd" and len(self.feature_channels[0]) > 1:
+            self._build_transforms()
+        self.connectors = nn.ModuleDict()
+        if feature in ("mse", "kl"):
+            for i, channels in enumerate(last):
+                if channels != fused_channels:
+                    self.connectors[f"student{i}"] = Connector(channels, fused_channels)
+
+    def forward(
+        self,
+        features: Sequence[Maps],
+        logits: Sequence[Tensor],
+        labels: Tensor,
+        *,
+        leader_features: Maps | None = None,
+        leader_logits: Tensor | None = None,
+        progress: float | Tensor | None = None,
+    ) -> FusionLossOutput:
+        """The sum of all losses of one batch.
+
+        Args:
+            features: for each student its last map [B, C, H, W], or its maps of all stages, shallow to deep.
+            logits: for each student [B, K].
+            labels: [B] int64.
+            leader_features, leader_logits: the same of the leader, if the loss was built with `leader_channels`.
+            progress: epochs done so far, 0 in the first epoch (a number or a 0-d tensor), for the ramp-ups;
+                None takes the weights after the ramp.
+
+        Returns:
+            FusionLossOutput(loss, terms, fused_logits).
+
+        Raises:
+            InputError, TypeError: numbers of students or stages, channels, batch sizes, devices or dtypes that do not
+                fit together; the text names the argument.
+        """
+        batch = self._checked(features, logits, labels, leader_features, leader_logits)
+        losses = METHODS[self.method]
+        weight = 1.0 if progress is None else losses.ramp(progress, self.hyperparameters["rampup_epochs"])
+        terms, fused_logits, fused_map = losses.terms(self, batch, weight)
+        if self.feature is not None:
+            terms["feature"] = self.feature_weight * self._feature_term(batch, fused_map)
+        loss = torch.stack(list(terms.values())).sum()
+        return FusionLossOutput(loss, {name: term.detach() for name, term in terms.items()}, fused_logits.detach())
+
+    def parameter_groups(
+        self,
+        *,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        nesterov: bool = True,
+        weight_decay: float = 1e-4,
+        fusion_weight_decay: float = 1e-5,
+        transform_lr: float = 1e-3,
+        transform_weight_decay: float = 1e-4,
+    ) -> ParameterGroups:
+        """This loss's own parameters as optimizer groups; the defaults are the published settings.
+
+        Args:
+            lr, momentum, nesterov: of the SGD groups.
+            weight_decay: of trans-fusion, which is part of the leader, and of connectors.
+            fusion_weight_decay: of the fusion head.
+            transform_lr, transform_weight_decay: of the Adam group (coupled L2, as in torch.optim.Adam).
+        """
+        sgd = {"lr": lr, "momentum": momentum, "nesterov": nesterov}
+        groups = [{"params": list(self.fusion.parameters()), **sgd, "weight_decay": fusion_weight_decay}]
+        others = [p for m in (self.trans_fusion, self.connectors) if m is not None for p in m.parameters()]
+        if others:
+            groups.append({"params": others, **sgd, "weight_decay": weight_decay})
+        transforms = list(self.transforms.parameters())
+        adam = (
+            [{"params": transforms, "lr": transform_lr, "weight_decay": transform_weight_decay}] if transforms else []
+        )
+        return ParameterGroups(groups, adam)
+
+    def _check_networks(self) -> None:
+        minimum = 2
+        if len(self.feature_channels) < minimum:
+            raise InputError(f"{self.method} needs at least {minimum} students, {len(self.feature_channels)} given")
+        if self.method == "ffl" and self.leader_channels is not None:
+            raise InputError("ffl has no leader: leave leader_channels out, or use method='ffsd'")
+        networks = [*self.feature_channels, *([self.leader_channels] if self.leader_channels else [])]
+        if len({len(channels) for channels in networks}) > 1:
+            raise InputError(
+                f"all networks must be tapped at equally many stages, not {[len(channels) for channels in networks]}"
+            )
+
+    def _build_transforms(self) -> None:
+        for i in range(1, len(self.feature_channels)):
+            # Published: trained on student i's maps, used on student i-1's. Where their widths differ, student i-1's
+            # maps serve for both, since the transform must be able to read that student's map.
+            same_width = self.feature_channels[i][-1] == self.feature_channels[i - 1][-1]
+            source = i if same_width else i - 1
+            self.transforms[f"student{i}"] = DeepToShallow(self.feature_channels[source])
+            self.transform_sources[f"student{i}"] = source
+        if self.leader_channels is not None:
+            self.transforms["leader"] = DeepToShallow(self.leader_channels)
+            self.transform_sources["leader"] = "leader"
+
+    def _feature_term(self, batch: Batch, fused_map: Tensor) -> Tensor:
+        maps = [student[-1] for student in batch.features]
+        if self.feature == "attention":
+            return functional.attention_mse(maps, [fused_map] * len(maps)).sum()
+        maps = [self.connectors[n](m) if (n := f"student{i}") in self.connectors else m for i, m in enumerate(maps)]
+        if self.feature == "mse":
+            return functional.feature_mse(maps, fused_map)
+        return functional.feature_kl(maps, fused_map, temperature=self.feature_temperature)
+
+    def _checked(
+        self,
+        features: Sequence[Maps],
+        logits: Sequence[Tensor],
+        labels: Tensor,
+        leader_features: Maps | None,
+        leader_logits: Tensor | None,
+    ) -> Batch:
+        count = len(self.feature_channels)
+        if len(features) != count or len(logits) != count:
+            raise InputError(
+                f"this loss was built for {count} students: {len(features)} entries of features and "
+                f"{len(logits)} of logits given"
+            )
+        has_leader = self.leader_channels is not None
+        if has_leader != (leader_features is not None) or has_leader != (leader_logits is not None):
+            expected = "leader_features and leader_logits are needed" if has_leader else "it takes no leader's tensors"
+            built = f"leader_channels={self.leader_channels}"
+            raise InputError(
+                f"this loss was built with {built}: {expected}; build it with the leader's channels or without"
+            )
+        own = next(self.fusion.parameters())
+        students = [_maps(f"features[{i}]", f, c, own) for i, (f, c) in enumerate(zip(features, self.feature_channels))]
+        leader = (
+            None if leader_features is None else _maps("leader_features", leader_features, self.leader_channels, own)
+        )
+        names = [f"logits[{i}]" for i in range(count)] + (["leader_logits"] if has_leader else [])
+        for name, row in zip(names, [*logits, *([leader_logits] if has_leader else [])], strict=True):
+            _check_batch(name, row, students[0][-1])
+            if row.dim() != 2 or row.shape[1] != self.fusion.classifier.out_features:
+                raise InputError(f"{name} must be [B, {self.fusion.classifier.out_features}], not {list(row.shape)}")
+        _check_batch("labels", labels, students[0][-1])
+        for name, maps in [*((f"features[{i}]", maps) for i, maps in enumerate(students)), ("leader_features", leader)]:
+            for feature in maps or ():
+                _check_batch(name, feature, students[0][-1])
+        return Batch(students, list(logits), labels, leader, leader_logits)
+
+
+def _channels(channels: int | Sequence[int]) -> list[int]:
+    channels = [channels] if isinstance(channels, int) else list(channels)
+    if not channels or any(c < 1 for c in channels):
+        raise InputError(f"channels must be positive integers, shallow to deep, not {channels}")
+    return channels
+
+
+def _hyperparameters(method: str, **given: Any) -> dict[str, Any]:
+    resolved = dict(METHODS[method].DEFAULTS)
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name not in resolved:
+            raise InputError(f"{method} has no {name}; it has {', '.join(resolved)}")
+        resolved[name] = value
+    if not resolved["temperature"] > 0:
+        raise InputError(f"temperature must be positive, not {resolved['temperature']}")
+    return resolved
+
+
+def _maps(name: str, maps: Maps, channels: list[int], parameter: Tensor) -> list[Tensor]:
+    maps = [maps] if isinstance(maps, Tensor) else list(maps)
+    if len(maps) != len(channels):
+        raise InputError(f"{name} must hold {len(channels)} maps, one per tapped stage, not {len(maps)}")
+    for stage, (feature, expected) in enumerate(zip(maps, channels, strict=True)):
+        if feature.dim() != 4 or feature.shape[1] != expected:
+            raise InputError(f"{name}, stage {stage}: expected [B, {expected}, H, W], not {list(feature.shape)}")
+        if feature.dtype != parameter.dtype and not torch.is_autocast_enabled(feature.device.type):
+            raise TypeError(
+                f"{name}, stage {stage} is {feature.dtype}, the loss's parameters are {parameter.dtype}: "
+                "convert one of them, or run under torch.autocast"
+            )
+        if feature.device != parameter.device:
+            raise InputError(
+                f"{name} is on {feature.device}, the loss's parameters on {parameter.device}; move one of them"
+            )
+    return maps
+
+
+def _check_batch(name: str, x: Tensor, feature: Tensor) -> None:
+    if x.device != feature.device:
+        raise InputError(f"{name} is on {x.device}, features[0] on {feature.device}; move one of them")
+    if x.dim() == 0 or x.shape[0] != feature.shape[0]:
+        raise InputError(f"{name} {list(x.shape)} must have the batch of features[0], {feature.shape[0]}")

@@ -1,0 +1,74 @@
+"""Fusion head and trans-fusion of FFSD and FFL."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from fastfuse import functional
+from fastfuse.nn._norm import batch_norm
+
+
+class FusionOutput(NamedTuple):
+    """`logits` [B, K], the `fused` map [B, C_out, H, W] and its `attention` map [B, H, W]."""
+
+    logits: Tensor
+    fused: Tensor
+    attention: Tensor
+
+
+class TransFusion(nn.Module):
+    """Depthwise 3x3, batch norm, ReLU, 1x1, batch norm, ReLU on the concatenation of its input maps.
+
+    In FFSD it widens the leader's last map from C to the S C channels of the concatenated students' maps.
+
+    Args:
+        in_channels: channels of each input map; one entry for trans-fusion.
+        out_channels: channels of the result.
+    """
+
+    def __init__(self, in_channels: Sequence[int], out_channels: int) -> None:
+        super().__init__()
+        total = sum(in_channels)
+        self.depthwise = nn.Conv2d(total, total, 3, padding=1, groups=total, bias=False)
+        self.norm1 = nn.BatchNorm2d(total)
+        self.pointwise = nn.Conv2d(total, out_channels, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        for layer in (self.depthwise, self.pointwise):
+            # N(0, sqrt(2 / (kh kw C_out))), as published.
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+
+    def fuse(self, features: Sequence[Tensor], *, attention: bool, pooled: bool) -> functional.ConcatFuse:
+        """The fused map of [B, C_s, H, W] maps, with its attention map and spatial mean on request."""
+        return functional.concat_fuse(
+            features,
+            self.depthwise.weight,
+            batch_norm(self.norm1),
+            self.pointwise.weight,
+            batch_norm(self.norm2),
+            attention=attention,
+            pooled=pooled,
+        )
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """The attention map [B, H, W] of the result, the only thing that trans-fusion is wanted for."""
+        return self.fuse(features, attention=True, pooled=False).attention
+
+
+class FusionHead(TransFusion):
+    """The fusion module: fuses S students' last maps and classifies the result.
+
+    Args:
+        in_channels: channels of each student's last map.
+        out_channels: channels of the fused map.
+        num_classes: K.
+    """
+
+    def __init__(self, in_channels: Sequence[int], out_channels: int, num_classes: int) -> None:
+        super().__init__(in_channels, out_channels)
+        self.classifier = nn.Linear(out_channels, num_classes)
+
+    def forward(self, features: Sequence[Tensor]) -> FusionOutput:
+        """S maps [B, C_s, H, W] to logits [B, K], the fused map and its attention map."""
+        fused, attention, pooled = self.fuse(features, attention=True, pooled=True)
+        return FusionOutput(self.classifier(pooled), fused, attention)
