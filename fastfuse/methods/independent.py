@@ -1,0 +1,63 @@
+"""Plain training of networks that do not see each other: the baseline of every method."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastfuse.losses import ParameterGroups
+from fastfuse.methods.base import Method, MethodOutput, network_group
+
+
+class Independent(Method):
+    """S networks, each trained by cross-entropy alone; the first is deployed.
+
+    Args:
+        make_network: gives a freshly initialised network each time.
+        students: S, at least 1.
+        num_classes: K.
+    """
+
+    name = "independent"
+    minimum_students = 1
+    deployed = "student0"
+
+    def __init__(self, make_network: Callable[[], nn.Module], students: int, num_classes: int) -> None:
+        super().__init__()
+        self.peers = nn.ModuleList(make_network() for _ in range(students))
+
+    def forward(self, images: Tensor, labels: Tensor, progress: Tensor) -> MethodOutput:
+        """See `Method.forward`."""
+        logits = self.predict(images)
+        terms = self.terms(logits, labels)
+        return MethodOutput(
+            torch.stack(list(terms.values())).sum(),
+            {name: row.detach() for name, row in logits.items()},
+            {name: term.detach() for name, term in terms.items()},
+        )
+
+    def terms(self, logits: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
+        """The loss terms of one batch."""
+        return {f"{name}_ce": F.cross_entropy(row.float(), labels) for name, row in logits.items()}
+
+    def predict(self, images: Tensor) -> dict[str, Tensor]:
+        """See `Method.predict`."""
+        return {name: peer(images).logits for name, peer in zip(self.students(), self.peers, strict=True)}
+
+    def networks(self) -> dict[str, nn.Module]:
+        """See `Method.networks`."""
+        return dict(zip(self.students(), self.peers, strict=True))
+
+    def students(self) -> list[str]:
+        """See `Method.students`."""
+        return [f"student{i}" for i in range(len(self.peers))]
+
+    def parameter_groups(self, **settings: Any) -> ParameterGroups:
+        """See `Method.parameter_groups`."""
+        return ParameterGroups([network_group(list(self.peers.parameters()), settings)], [])
+
+    def deployed_state(self) -> dict[str, Tensor]:
+        """See `Method.deployed_state`."""
+        return self.peers[0].state_dict()
