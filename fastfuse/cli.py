@@ -1,0 +1,208 @@
+"""The command line: parses, builds a configuration, calls one function."""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastfuse.errors import CheckpointError, FastfuseError, InputError, unknown_name
+
+USAGE = """usage: fastfuse COMMAND [OPTIONS]
+
+Feature-fusion knowledge distillation: train several networks together, deploy one.
+
+commands:
+  train   train networks (fastfuse train --help lists all options)
+  eval    accuracy of a finished or interrupted run
+  info    versions, devices, and what each operator can run on
+
+examples:
+  fastfuse train --method ffsd --model resnet20 --data digits --epochs 12 --batch-size 32
+  fastfuse train --recipe cifar100-resnet32 --data-root data --download
+  fastfuse train --resume --out runs/my-run
+  fastfuse eval runs/my-run
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalOptions:
+    """Accuracy of a run's networks on its test images, from its checkpoint and its best deployed weights."""
+
+    data_root: Path | None = None
+    """Folder of the CIFAR files, if they have moved."""
+    data_path: Path | None = None
+    """The file of --data npz, if it has moved."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InfoOptions:
+    """Versions, devices, and every operator's backends."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0 done, 1 failed while running, 2 bad input, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if arguments[0] == "--version":
+        import fastfuse
+
+        print(fastfuse.__version__)
+        return 0
+    commands: dict[str, Callable[[list[str]], int]] = {"train": _train, "eval": _eval, "info": _info}
+    try:
+        if arguments[0] not in commands:
+            raise unknown_name("command", arguments[0], commands)
+        return commands[arguments[0]](arguments[1:])
+    except FastfuseError as error:
+        print(f"fastfuse: {error}", file=sys.stderr)
+        if type(error).__name__ == "InterruptedRun":
+            return 130
+        return 2 if isinstance(error, InputError | CheckpointError) else 1
+    except BrokenPipeError:  # the reader has gone, as in `fastfuse train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("fastfuse: interrupted", file=sys.stderr)
+        return 130
+
+
+def _train(arguments: list[str]) -> int:
+    config = parse_train(arguments)
+    from fastfuse.config import adapted
+    from fastfuse.train.display import results_table
+    from fastfuse.train.loop import train
+
+    summaries = [train(config)]
+    if config.baseline and summaries[0]["completed"]:
+        out = Path(summaries[0]["run"]) / "independent"
+        alone = dataclasses.replace(adapted(config, method="independent"), students=1, out=out, baseline=False)
+        summaries.append(train(alone))
+    results_table([s for s in summaries if s["networks"]])
+    print(f"run folder: {summaries[0]['run']}")
+    for summary in summaries:
+        if not summary["completed"]:
+            print(f"stopped by --max-time; go on with: fastfuse train --resume --out {summary['run']}")
+    return 0
+
+
+def parse_train(arguments: list[str]) -> Any:
+    """The configuration that a command line asks for: defaults, then recipe or resumed run, then its options."""
+    import tyro
+
+    from fastfuse import config as configuration
+
+    # What decides the defaults must be known before the options are parsed.
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("--recipe", "--out", "--method", "--model"):
+        early.add_argument(name)
+    early.add_argument("--resume", action="store_true")
+    try:
+        known, _ = early.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise InputError(f"{error}; see fastfuse train --help") from error
+    default = configuration.TrainConfig()
+    if known.recipe is not None:
+        default = configuration.from_recipe(known.recipe)
+    default = configuration.adapted(default, method=known.method, model=known.model)
+    if known.resume:
+        if known.out is None:
+            raise InputError("--resume needs --out: the folder of the run to go on with")
+        if (Path(known.out) / "config.json").exists():
+            from fastfuse.train.record import RunFolder
+
+            default = dataclasses.replace(RunFolder(Path(known.out)).read_config(), max_time=None)
+
+    options = dataclasses.make_dataclass(
+        "TrainOptions",
+        [("init", tyro.conf.UseAppendAction[tuple[str, ...]], dataclasses.field(default=()))],
+        bases=(configuration.TrainConfig,),
+        frozen=True,
+        namespace={
+            "__doc__": f"Train networks together and deploy one.\n\nRecipes: {', '.join(configuration.recipes())}."
+        },
+    )
+    values = {field.name: getattr(default, field.name) for field in dataclasses.fields(default)}
+    parsed = _parse(options, "fastfuse train", arguments, options(**values))
+    return configuration.TrainConfig(**{name: getattr(parsed, name) for name in values})
+
+
+def _eval(arguments: list[str]) -> int:
+    positional = [a for a in arguments[:1] if not a.startswith("-")]
+    if not positional and not {"-h", "--help"} & set(arguments):
+        raise InputError("fastfuse eval needs a run folder: fastfuse eval RUN [OPTIONS]")
+    options = _parse(EvalOptions, "fastfuse eval RUN", arguments[len(positional) :])
+    from fastfuse.train.evaluate_run import evaluate_run
+
+    found = evaluate_run(
+        Path(positional[0]), data_root=options.data_root, data_path=options.data_path, device=options.device
+    )
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("network", "top-1 %", "top-5 %", title=f"{positional[0]}: test images after epoch {found['epoch']}")
+    for name, accuracy in found["accuracy"].items():
+        table.add_row(name, f"{accuracy['top1']:.2f}", f"{accuracy['top5']:.2f}")
+    Console(file=sys.stdout).print(table)
+    return 0
+
+
+def _info(arguments: list[str]) -> int:
+    options = _parse(InfoOptions, "fastfuse info", arguments)
+    from fastfuse.info import info
+
+    found = info()
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    print(f"commit {found['commit']}")
+    print("  ".join(f"{name} {version or 'not installed'}" for name, version in found["versions"].items()))
+    for device, name in found["devices"].items():
+        print(f"{device}: {name}")
+    for op, backends in found["ops"].items():
+        print(f"{op}: " + "; ".join(f"{backend}: {reason}" for backend, reason in backends.items()))
+    return 0
+
+
+def _parse(kind: type, program: str, arguments: list[str], default: Any = None) -> Any:
+    """Options by tyro; what it prints about a wrong one becomes one line."""
+    import tyro
+
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(kind, prog=program, args=arguments, **({} if default is None else {"default": default}))
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise InputError(_one_line(printed.getvalue(), program)) from None
+
+
+def _one_line(box: str, program: str) -> str:
+    words = []
+    for line in box.splitlines():
+        if line.startswith("╭"):  # the title says less than the text
+            continue
+        text = line.strip("│╭╮╰╯─ ")
+        if text.startswith(("Argument helptext", "For full helptext")):
+            break
+        words.append(text)
+    message = " ".join(word for word in words if word)
+    return f"{message}; see {program} --help"

@@ -1,0 +1,227 @@
+"""What a training run is told, as one frozen value, and the named recipes. Imports nothing heavy."""
+
+import dataclasses
+import math
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from fastfuse.errors import InputError, unknown_name
+
+# May differ between a run and its resumption: they do not change what is computed.
+RUNTIME_FIELDS = frozenset(
+    {"recipe", "data_root", "data_path", "download", "out", "resume", "max_time", "device", "init", "log_interval"}
+    | {"checkpoint_minutes", "baseline", "quiet"}
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Train networks together and deploy one."""
+
+    method: str = "ffsd"
+    """ffsd, ffl, independent or dml."""
+    model: str = "resnet32"
+    """resnet20|32|56|110, wrn16_2, wrn28_10, wrn40_2, or any valid depth and width of these families."""
+    students: int = 2
+    """Common students (ffsd), sub-networks (ffl) or networks (independent, dml)."""
+    recipe: str | None = None
+    """Published hyper-parameters by name; options given beside it win."""
+    init: tuple[str, ...] = ()
+    """[NETWORK=]FILE: start a network (student0, leader, ...) or all of them from a weight file; repeatable."""
+
+    data: str = "digits"
+    """digits, npz, cifar10 or cifar100."""
+    data_root: Path | None = None
+    """Folder of the CIFAR files (default: data)."""
+    data_path: Path | None = None
+    """The file of --data npz."""
+    download: bool = False
+    """Let torchvision download CIFAR."""
+    val_fraction: float = 0.0
+    """Share of the training images to hold out for choosing the best epoch."""
+    crop_padding: int | None = None
+    """Pixels of reflect padding before the random crop (default: the data set's)."""
+    flip: bool | None = None
+    """Random horizontal flip (default: the data set's)."""
+
+    epochs: int = 300
+    """Passes over the training images."""
+    batch_size: int = 128
+    """Images per step."""
+    seed: int = 0
+    """Decides initial weights, order and augmentation."""
+    lr: float = 0.1
+    """Learning rate of networks and fusion head (SGD)."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    nesterov: bool = True
+    """Nesterov momentum."""
+    weight_decay: float = 1e-4
+    """L2 of the networks."""
+    fusion_weight_decay: float = 1e-5
+    """L2 of the fusion head."""
+    transform_lr: float = 1e-3
+    """Learning rate of the transforms (Adam)."""
+    transform_weight_decay: float = 1e-4
+    """L2 of the transforms, coupled."""
+    schedule: str = "multistep"
+    """multistep or cosine; both act on every optimizer."""
+    milestones: tuple[int, ...] | None = None
+    """Epochs after which multistep decays (default: 50 % and 75 % of --epochs)."""
+    gamma: float = 0.1
+    """Factor of each multistep decay."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up of the learning rate, step by step."""
+
+    temperature: float | None = None
+    """T of all KL terms (default: 2; ffl 3)."""
+    rampup_epochs: float | None = None
+    """Warm-up of the lambdas (ffsd, default 5) or of the KL terms (ffl, default 80)."""
+    lambda_diversity: float | None = None
+    """ffsd: weight of diversity and of the students' self-distillation (default: 1e-5)."""
+    lambda_fusion: float | None = None
+    """ffsd: weight of the leader's attention terms (default: 10)."""
+    lambda_self_distillation: float | None = None
+    """ffsd: weight of the transforms' training (default: 1000)."""
+    diversity_mode: str | None = None
+    """ffsd: published or normalized scaling of the diversity target (default: published)."""
+    kl_target_epsilon: float | None = None
+    """ffl: added to KL targets (default: 0; its program adds 1e-7)."""
+
+    wrn_conv_bias: bool | None = None
+    """wrn: convolutions with bias (default: True, as published)."""
+    wrn_stride_on: str | None = None
+    """wrn: conv1 or conv2 of a block is strided (default: conv2, as published)."""
+    wrn_shortcut_input: str | None = None
+    """wrn: a 1x1 shortcut reads the raw or the activated input (default: raw, as published)."""
+    wrn_last_norm_momentum: float | None = None
+    """wrn: momentum of the last batch norm (default: 0.9, as published; 0.1 recommended)."""
+
+    amp: str = "off"
+    """off, bf16 or fp16 (fp16 with loss scaling)."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights, which is then evaluated and deployed; 0 is off."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    out: Path | None = None
+    """Run folder (default: runs/<time>_<method>_<model>_<data>)."""
+    resume: bool = False
+    """Go on from the checkpoint in --out; its configuration is taken from there."""
+    max_time: float | None = None
+    """Stop with a checkpoint after so many minutes."""
+    checkpoint_minutes: float = 5.0
+    """Checkpoint inside an epoch when so many minutes have passed since the last one; every epoch's end has one."""
+    log_interval: int = 50
+    """Steps between two looks at the loss."""
+    baseline: bool = False
+    """Train the same network alone afterwards, under the same budget, into <out>/independent."""
+    quiet: bool = False
+    """Print nothing but the final table."""
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse values that no run can use.
+
+    Raises:
+        InputError: names the option, its value and what is expected.
+    """
+    for name in ("epochs", "batch_size", "students", "log_interval"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{_option(name)} must be at least 1, not {getattr(config, name)}")
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{_option(field.name)} must be a finite number, not {value}")
+    positive = ("lr", "transform_lr", "gamma", "temperature", "max_time")
+    for name in positive:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise InputError(f"{_option(name)} must be positive, not {value}")
+    not_negative = ("momentum", "weight_decay", "fusion_weight_decay", "transform_weight_decay", "warmup_epochs")
+    not_negative += ("rampup_epochs", "lambda_diversity", "lambda_fusion", "lambda_self_distillation")
+    for name in (*not_negative, "kl_target_epsilon", "checkpoint_minutes", "seed"):
+        value = getattr(config, name)
+        if value is not None and value < 0:
+            raise InputError(f"{_option(name)} must not be negative, not {value}")
+    if config.nesterov and config.momentum == 0:
+        raise InputError("--nesterov needs a --momentum above 0; give --no-nesterov")
+    if not 0 <= config.ema < 1:
+        raise InputError(f"--ema must be at least 0 and below 1, not {config.ema}")
+    if not 0 <= config.val_fraction < 1:
+        raise InputError(f"--val-fraction must be at least 0 and below 1, not {config.val_fraction}")
+    choices = {"schedule": ("multistep", "cosine"), "amp": ("off", "bf16", "fp16")}
+    choices["diversity_mode"] = ("published", "normalized")
+    for name, known in choices.items():
+        value = getattr(config, name)
+        if value is not None and value not in known:
+            raise unknown_name(_option(name), value, known)
+    if config.milestones is not None and list(config.milestones) != sorted(set(config.milestones)):
+        raise InputError(f"--milestones must grow, not {' '.join(map(str, config.milestones))}")
+
+
+# Fields that belong to some methods or networks only; unset they take that method's or network's own value.
+METHOD_FIELDS = (
+    "temperature",
+    "rampup_epochs",
+    "lambda_diversity",
+    "lambda_fusion",
+    "lambda_self_distillation",
+    "diversity_mode",
+    "kl_target_epsilon",
+)
+WRN_FIELDS = ("wrn_conv_bias", "wrn_stride_on", "wrn_shortcut_input", "wrn_last_norm_momentum")
+
+
+def adapted(config: TrainConfig, *, method: str | None = None, model: str | None = None) -> TrainConfig:
+    """A recipe's configuration for another method or network: what belongs to the recipe's own is unset."""
+    if method is not None and method != config.method:
+        config = dataclasses.replace(config, method=method, **dict.fromkeys(METHOD_FIELDS))
+    if model is not None and model != config.model:
+        config = dataclasses.replace(config, model=model)
+        if not model.startswith("wrn"):
+            config = dataclasses.replace(config, **dict.fromkeys(WRN_FIELDS))
+    return config
+
+
+def recipes() -> list[str]:
+    """Names of all recipes."""
+    folder = resources.files("fastfuse") / "recipes"
+    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+
+
+def from_recipe(name: str) -> TrainConfig:
+    """The configuration of a recipe.
+
+    Raises:
+        InputError: there is no such recipe; the near ones are listed.
+    """
+    if name not in recipes():
+        raise unknown_name("recipe", name, recipes())
+    values = tomllib.loads((resources.files("fastfuse") / "recipes" / f"{name}.toml").read_text())
+    return dataclasses.replace(TrainConfig(recipe=name), **from_plain(values))
+
+
+def to_plain(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as JSON can hold it."""
+    return {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(config).items()}
+
+
+def from_plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Field values from JSON or TOML.
+
+    Raises:
+        InputError: a field that a configuration does not have.
+    """
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    if unknown := sorted(set(values) - known):
+        raise unknown_name("configuration field", unknown[0], known)
+    converted = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    paths = ("data_root", "data_path", "out")
+    return {name: Path(v) if name in paths and v is not None else v for name, v in converted.items()}
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")

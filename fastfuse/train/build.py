@@ -1,0 +1,161 @@
+"""From a configuration to data and method, with everything refused that could only fail later."""
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastfuse import config as configuration
+from fastfuse import data
+from fastfuse.config import TrainConfig
+from fastfuse.data import Dataset
+from fastfuse.errors import InputError, unknown_name
+from fastfuse.methods import METHODS, Method, build_method
+from fastfuse.train.optim import SETTINGS
+from fastfuse.train.schedule import milestones
+
+
+def resolved(config: TrainConfig) -> TrainConfig:
+    """The configuration with every default that depends on another option written out.
+
+    Raises:
+        InputError: a value that no run can use, an unknown method, or a hyper-parameter that the method does not have.
+    """
+    configuration.check(config)
+    if config.method not in METHODS:
+        raise unknown_name("method", config.method, METHODS)
+    defaults = METHODS[config.method].defaults
+    filled: dict[str, Any] = {"milestones": milestones(config)}
+    for name in configuration.METHOD_FIELDS:
+        given = getattr(config, name)
+        if given is not None and name not in defaults:
+            known = ", ".join("--" + d.replace("_", "-") for d in defaults) or "no option of its own"
+            raise InputError(f"{config.method} has no --{name.replace('_', '-')}; it has {known}")
+        filled[name] = defaults.get(name) if given is None else given
+    return dataclasses.replace(config, **filled)
+
+
+def load_data(config: TrainConfig) -> Dataset:
+    """The data set of a configuration, on the CPU."""
+    return data.load(
+        config.data,
+        root=config.data_root,
+        path=config.data_path,
+        download=config.download,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+        padding=config.crop_padding,
+        flip=config.flip,
+    )
+
+
+def make_method(config: TrainConfig, num_classes: int) -> Method:
+    """The method of a resolved configuration with weights drawn from its seed."""
+    torch.manual_seed(config.seed)
+    model_options = {
+        name.removeprefix("wrn_"): value
+        for name in configuration.WRN_FIELDS
+        if (value := getattr(config, name)) is not None
+    }
+    names = METHODS[config.method].defaults
+    return build_method(
+        config.method,
+        model=config.model,
+        students=config.students,
+        num_classes=num_classes,
+        model_options=model_options,
+        **{name: getattr(config, name) for name in names},
+    )
+
+
+def try_out(method: Method, dataset: Dataset, batch_size: int) -> None:
+    """One forward of a copy on blank images, so that maps too small for the method are found before a run exists.
+
+    Raises:
+        InputError: names what does not fit.
+    """
+    height, width = dataset.train.images.shape[1:3]
+    # A last batch of one image and maps of one pixel leave batch norm nothing to average.
+    smallest = min(len(dataset.train) % batch_size or batch_size, 2)
+    trial = copy.deepcopy(method).train()
+    with torch.no_grad():
+        try:
+            labels = torch.zeros(smallest, dtype=torch.int64)
+            trial(torch.zeros(smallest, 3, height, width), labels, torch.tensor(0.0))
+        except ValueError as error:
+            raise InputError(f"images of {height}x{width} do not suit this method and model: {error}") from error
+
+
+def initial_weights(method: Method, entries: tuple[str, ...]) -> None:
+    """Load what --init names: FILE into every student and leader, NETWORK=FILE into one.
+
+    Raises:
+        InputError: an unknown network, or a file that cannot be read or does not fit.
+    """
+    networks = method.networks()
+    for entry in entries:
+        name, separator, file = entry.partition("=")
+        if separator and name in networks:
+            chosen = [name]
+        elif separator and not Path(entry).exists():
+            raise unknown_name("network in --init", name, networks)
+        else:
+            file, chosen = entry, [n for n in networks if n != "fusion"]
+        state = read_weights(Path(file))
+        for name in chosen:
+            try:
+                networks[name].load_state_dict(state, strict=True)
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())[:300]
+                raise InputError(f"--init: {file} does not fit network {name}: {reason}") from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Weights by key from a .safetensors file or a torch file of a plain state dict; nothing else is unpickled.
+
+    Raises:
+        InputError: the file is missing or is neither.
+    """
+    if not path.is_file():
+        raise InputError(f"weight file {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each reader has its own exceptions for a damaged file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path} cannot be read as weights (.safetensors, or a torch state dict): {reason}") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError(f"{path} holds no plain state dict (names to tensors); save network.state_dict()")
+    return state
+
+
+def optimizer_settings(config: TrainConfig) -> dict[str, Any]:
+    """The optimizer settings among a configuration's fields."""
+    return {name: getattr(config, name) for name in SETTINGS}
+
+
+def pick_device(name: str) -> torch.device:
+    """A device by name; "auto" is the GPU where there is one.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device must be auto, cpu, cuda or cuda:N, not {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device must be auto, cpu, cuda or cuda:N, not {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device auto"
+        )
+    return device

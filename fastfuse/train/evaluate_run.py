@@ -1,0 +1,52 @@
+"""`fastfuse eval`: the accuracy of a run from what it wrote."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from fastfuse.config import adapted
+from fastfuse.errors import CheckpointError, InputError
+from fastfuse.train import build, checkpoint
+from fastfuse.train.loop import Trainer
+from fastfuse.train.record import RunFolder
+
+
+def evaluate_run(
+    path: Path, *, data_root: Path | None = None, data_path: Path | None = None, device: str = "auto"
+) -> dict[str, Any]:
+    """Accuracy of every head of a run's checkpoint, and of its best deployed weights, on the test images.
+
+    Args:
+        path: the run folder.
+        data_root, data_path: where the data are now, if they have moved.
+        device: auto, cpu, cuda or cuda:N.
+
+    Returns:
+        `epoch` (epochs done), `accuracy` by name: `top1` and `top5` in percent.
+
+    Raises:
+        InputError, CheckpointError: no run, no checkpoint, or one that does not fit.
+    """
+    run = RunFolder(path)
+    config = run.read_config()
+    config = dataclasses.replace(
+        config, data_root=data_root or config.data_root, data_path=data_path or config.data_path, device=device
+    )
+    if not run.checkpoint.exists():
+        raise InputError(f"{path} has no checkpoint yet; go on training with: fastfuse train --resume --out {path}")
+    dataset = build.load_data(config)
+    method = build.make_method(config, dataset.num_classes)
+    trainer = Trainer(config, run, dataset, method, build.pick_device(device))
+    try:
+        trainer.restore(checkpoint.load(run.checkpoint))
+    except (RuntimeError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{run.checkpoint} does not fit the run's config.json: {reason}") from error
+    accuracy = trainer.evaluate(trainer.dataset.test)
+    best = run.path / f"{method.deployed}_best.safetensors"
+    if best.exists():
+        plain = dataclasses.replace(adapted(config, method="independent"), students=1)
+        network = build.make_method(plain, dataset.num_classes).to(trainer.device)
+        build.initial_weights(network, (f"student0={best}",))
+        accuracy[f"{method.deployed} (best)"] = trainer.evaluate(trainer.dataset.test, network)["student0"]
+    return {"run": str(path), "epoch": trainer.position.epoch, "accuracy": accuracy}
