@@ -1,0 +1,144 @@
+"""What a measurement says and keeps: the machine it ran on, a table on the terminal, JSON and CSV files."""
+
+import csv
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastfuse.errors import InputError
+
+Value = str | int | float
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Report:
+    """One finished suite.
+
+    Attributes:
+        name: stem of the files, without directory.
+        settings: what was asked for.
+        environment: where it ran, from `environment`.
+        columns: table heading by key of `rows`, in the order of the table.
+        rows: one per provider and case; keys beyond `columns` go to the files only.
+        ratios: median over median, by "baseline/other".
+        samples_ms: every sample of every provider, in the order of the turns.
+        warnings: why the figures may not be believed; empty where nothing is wrong with them.
+    """
+
+    name: str
+    settings: dict[str, Value]
+    environment: dict[str, Value]
+    columns: dict[str, str]
+    rows: list[dict[str, Value]]
+    ratios: dict[str, float]
+    samples_ms: dict[str, tuple[float, ...]]
+    warnings: list[str]
+
+
+def environment(device: torch.device) -> dict[str, Value]:
+    """Device, software, threads and commit of this run."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {_processor()}",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def show(report: Report) -> None:
+    """Print the table and one line for each ratio; warnings go to the standard error."""
+    console = Console()
+    named = {**report.settings, **report.environment}
+    console.print(", ".join(f"{key} {value}" for key, value in named.items()), highlight=False)
+    table = Table()
+    for heading in report.columns.values():
+        table.add_column(heading, justify="left" if heading == "provider" else "right")
+    for row in report.rows:
+        table.add_row(*(_cell(row[key]) for key in report.columns))
+    console.print(table)
+    for pair, ratio in report.ratios.items():
+        print(f"ratio {pair}: {ratio:.2f}")
+    for warning in report.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def prepare(directory: Path) -> None:
+    """Create the directory of the results, before the long measurement rather than after it.
+
+    Raises:
+        InputError: it cannot be created or written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise InputError(f"cannot write to {directory}: {error.strerror}; name another directory") from error
+
+
+def save(report: Report, directory: Path) -> list[Path]:
+    """Write `<name>.json` (everything) and `<name>.csv` (a line per row with settings and environment), atomically."""
+    lines = [{**report.settings, **report.environment, **row} for row in report.rows]
+    table = io.StringIO()
+    writer = csv.DictWriter(table, fieldnames=list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    texts = {".json": json.dumps(asdict(report), indent=1) + "\n", ".csv": table.getvalue()}
+    return [_replace(directory / (report.name + suffix), text) for suffix, text in texts.items()]
+
+
+def ratios(medians: Mapping[str, float], baseline: str) -> dict[str, float]:
+    """Baseline's median over each other provider's, by "baseline/other"; above 1 the other one is faster."""
+    return {f"{baseline}/{name}": medians[baseline] / value for name, value in medians.items() if name != baseline}
+
+
+def _replace(path: Path, text: str) -> Path:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _cell(value: Value) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "--short=12", "HEAD")
+    if commit is None:
+        return "none"
+    return f"{commit} with changes" if git("status", "--porcelain", "--untracked-files=no") else commit
