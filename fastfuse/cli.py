@@ -54,6 +54,8 @@ class InfoOptions:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0 done, 1 failed while running, 2 bad input, 130 interrupted."""
+    # OpenMP threads that wait by spinning make two busy processes slow each other down a hundredfold (docs/LOG.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -92,7 +94,10 @@ def _train(arguments: list[str]) -> int:
         out = Path(summaries[0]["run"]) / "independent"
         alone = dataclasses.replace(adapted(config, method="independent"), students=1, out=out, baseline=False)
         summaries.append(train(alone))
-    results_table([s for s in summaries if s["networks"]])
+    if finished := [s for s in summaries if s["networks"]]:
+        results_table(finished)
+    else:
+        print("no epoch has finished yet: nothing was evaluated")
     print(f"run folder: {summaries[0]['run']}")
     for summary in summaries:
         if not summary["completed"]:
@@ -118,7 +123,6 @@ def parse_train(arguments: list[str]) -> Any:
     default = configuration.TrainConfig()
     if known.recipe is not None:
         default = configuration.from_recipe(known.recipe)
-    default = configuration.adapted(default, method=known.method, model=known.model)
     if known.resume:
         if known.out is None:
             raise InputError("--resume needs --out: the folder of the run to go on with")
@@ -126,6 +130,7 @@ def parse_train(arguments: list[str]) -> Any:
             from fastfuse.train.record import RunFolder
 
             default = dataclasses.replace(RunFolder(Path(known.out)).read_config(), max_time=None)
+    default = configuration.adapted(default, method=known.method, model=known.model)
 
     options = dataclasses.make_dataclass(
         "TrainOptions",

@@ -158,8 +158,8 @@ def check(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and value not in known:
             raise unknown_name(_option(name), value, known)
-    if config.milestones is not None and list(config.milestones) != sorted(set(config.milestones)):
-        raise InputError(f"--milestones must grow, not {' '.join(map(str, config.milestones))}")
+    if config.milestones is not None and list(config.milestones) != sorted(config.milestones):
+        raise InputError(f"--milestones must be in order, not {' '.join(map(str, config.milestones))}")
 
 
 # Fields that belong to some methods or networks only; unset they take that method's or network's own value.

@@ -1,0 +1,104 @@
+import dataclasses
+
+import pytest
+
+from fastfuse.cli import parse_train
+from fastfuse.config import METHOD_FIELDS, TrainConfig, adapted, from_recipe, recipes
+from fastfuse.errors import InputError
+from fastfuse.methods import METHODS, build_method
+from fastfuse.train.build import make_method, resolved
+
+FFSD_ROWS = ["cifar100-resnet20", "cifar100-resnet32", "cifar100-resnet56", "cifar100-wrn16_2", "cifar100-wrn40_2"]
+
+
+def test_there_is_a_recipe_for_every_row_whose_model_exists():
+    assert set(recipes()) == {*FFSD_ROWS, "cifar100-ffl-resnet32"}
+
+
+@pytest.mark.parametrize("name", FFSD_ROWS)
+def test_ffsd_recipes_hold_the_published_values(name):
+    recipe = resolved(from_recipe(name))
+    published = {
+        "method": "ffsd",
+        "model": name.removeprefix("cifar100-"),
+        "students": 2,
+        "data": "cifar100",
+        "epochs": 300,
+        "batch_size": 128,
+        "lr": 0.1,
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 1e-4,
+        "fusion_weight_decay": 1e-5,
+        "transform_lr": 1e-3,
+        "transform_weight_decay": 1e-4,
+        "milestones": (150, 225),
+        "gamma": 0.1,
+        "temperature": 2.0,
+        "rampup_epochs": 5,
+        "lambda_diversity": 1e-5,
+        "lambda_fusion": 10.0,
+        "lambda_self_distillation": 1000.0,
+        "diversity_mode": "published",
+    }
+    assert {key: getattr(recipe, key) for key in published} == published
+
+
+def test_ffl_recipe_holds_the_published_values():
+    recipe = resolved(from_recipe("cifar100-ffl-resnet32"))
+    values = (recipe.method, recipe.model, recipe.students, recipe.epochs, recipe.temperature, recipe.rampup_epochs)
+    assert values == ("ffl", "resnet32", 2, 301, 3.0, 80)
+    assert (recipe.kl_target_epsilon, recipe.milestones, recipe.seed) == (1e-7, (150, 225), 1)
+
+
+@pytest.mark.parametrize("name", [n for n in FFSD_ROWS if "wrn" in n])
+def test_wide_resnet_recipes_have_the_published_quirks(name):
+    leader = make_method(resolved(from_recipe(name)), 100).leader
+    assert leader.bn1.momentum == 0.9
+    assert leader.conv1.bias is not None
+    assert leader.layer2[0].conv1.stride == (1, 1) and leader.layer2[0].conv2.stride == (2, 2)
+
+
+def test_without_a_recipe_the_published_ffsd_values_hold():
+    ours = dataclasses.asdict(resolved(TrainConfig(model="resnet32", data="cifar100")))
+    recipe = dataclasses.asdict(resolved(from_recipe("cifar100-resnet32")))
+    assert {k: v for k, v in ours.items() if k != "recipe"} == {k: v for k, v in recipe.items() if k != "recipe"}
+
+
+def test_the_command_line_wins_over_the_recipe():
+    config = parse_train("--recipe cifar100-resnet32 --epochs 7 --lr 0.3 --temperature 4 --milestones 3 5".split())
+    assert (config.epochs, config.lr, config.temperature, config.milestones) == (7, 0.3, 4.0, (3, 5))
+    assert (config.model, config.data, config.lambda_fusion) == ("resnet32", "cifar100", 10.0)
+
+
+def test_a_recipe_serves_the_baselines_too():
+    config = parse_train("--recipe cifar100-wrn16_2 --method independent --students 1".split())
+    assert all(getattr(config, name) is None for name in METHOD_FIELDS)
+    assert (config.epochs, config.weight_decay, config.wrn_last_norm_momentum) == (300, 1e-4, 0.9)
+    other = parse_train("--recipe cifar100-wrn16_2 --model resnet20".split())
+    assert other.wrn_last_norm_momentum is None and other.temperature == 2.0
+
+
+def test_adapting_to_the_same_method_changes_nothing():
+    recipe = from_recipe("cifar100-resnet32")
+    assert adapted(recipe, method="ffsd", model="resnet32") == recipe
+
+
+def test_an_unknown_recipe_names_the_near_ones():
+    with pytest.raises(InputError, match="cifar100-resnet32"):
+        parse_train(["--recipe", "cifar100-resnet3"])
+
+
+def test_every_method_default_is_a_field_of_the_configuration():
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    for method in METHODS.values():
+        assert set(method.defaults) <= set(METHOD_FIELDS) <= fields
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_resolving_fills_in_each_methods_own_values(name):
+    config = resolved(TrainConfig(method=name, model="resnet8"))
+    for field in METHOD_FIELDS:
+        assert getattr(config, field) == METHODS[name].defaults.get(field)
+    method = build_method(name, model="resnet8", students=2, num_classes=3, **METHODS[name].defaults)
+    assert method.name == name
