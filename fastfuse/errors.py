@@ -1,4 +1,4 @@
-"""What a user can do wrong, as exceptions whose text is one clear line: what was wrong, what was expected, how to mend it.
+"""What a user can do wrong, as exceptions of one clear line: what was wrong, what was expected, how to mend it.
 
 The command line prints that line without a traceback; every other exception is a fault of this package and shows one.
 """

@@ -44,15 +44,16 @@ def resolve(op: str, backend: str = "auto") -> str:
 
     Raises:
         BackendUnavailableError: an explicit backend cannot serve; the text says why.
-        InputError: no such backend.
+        InputError: no such op or backend.
     """
     global _process_default
+    mend = "use backend='auto'"
     if backend == "auto":
         if _process_default is None:
             _process_default = os.environ.get("FASTFUSE_BACKEND") or "auto"
-        backend = _process_default
+        backend, mend = _process_default, "unset FASTFUSE_BACKEND"
     if backend == "auto":
         return next(name for name in _ops[op] if why_not(op, name) is None)
     if (reason := why_not(op, backend)) is not None:
-        raise BackendUnavailableError(f"{op} cannot run on backend {backend!r}: {reason}; use backend='auto'")
+        raise BackendUnavailableError(f"{op} cannot run on backend {backend!r}: {reason}; {mend}")
     return backend

@@ -64,6 +64,13 @@ def check_reduction(reduction: str) -> None:
         raise InputError(f"reduction is 'mean', 'sum' or 'none', not {reduction!r}")
 
 
+def check_stackable(pairs: Sequence[tuple[Tensor, Tensor]], reduction: str) -> None:
+    """Refuse losses per sample of pairs whose batches differ: they have no common shape."""
+    batches = [x.shape[0] for x, _ in pairs]
+    if reduction == "none" and len(set(batches)) > 1:
+        raise InputError(f"reduction='none' needs inputs of one batch size, not {batches}; use 'mean' or 'sum'")
+
+
 def check_floating(name: str, x: Tensor, dims: tuple[int, ...]) -> None:
     """Refuse anything but a floating-point tensor of one of the given numbers of dimensions."""
     if not isinstance(x, Tensor):
@@ -72,6 +79,14 @@ def check_floating(name: str, x: Tensor, dims: tuple[int, ...]) -> None:
         raise TypeError(f"{name} must be a floating-point tensor, not {x.dtype}; convert it first")
     if x.dim() not in dims:
         raise InputError(f"{name} must have {' or '.join(map(str, dims))} dimensions, not shape {list(x.shape)}")
+
+
+def check_batch_norm(name: str, norm: BatchNorm, channels: int) -> None:
+    """Refuse a batch norm whose tensors are not [channels]."""
+    for field in ("weight", "bias", "running_mean", "running_var"):
+        shape = list(getattr(norm, field).shape)
+        if shape != [channels]:
+            raise InputError(f"{name}.{field} must have shape [{channels}] for these features, not {shape}")
 
 
 def check_same_device(reference_name: str, reference: Tensor, **others: Tensor) -> None:

@@ -14,7 +14,8 @@ def students_and_targets(
     """S maps [B, C, H, W] (or one stack [S, B, C, H, W]) and as many targets, a single one repeated.
 
     Raises:
-        InputError, TypeError: no map, another number of targets, shapes, dtypes or devices that differ.
+        InputError, TypeError: no map, another number of targets, shapes or devices that differ, a map that is not
+            floating point.
     """
     features = list(features.unbind(0)) if isinstance(features, Tensor) else list(features)
     if not features:

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from fastfuse.errors import InputError
 from fastfuse.functional import BatchNorm
 
 
@@ -11,10 +12,20 @@ def batch_norm(norm: nn.BatchNorm2d, *, training: bool | None = None) -> BatchNo
     Args:
         norm: the module that holds them.
         training: mode to use; None takes the module's own, so that a norm that a user froze stays frozen.
+
+    Raises:
+        InputError: a norm without affine parameters, running statistics or momentum, or a SyncBatchNorm.
     """
+    if isinstance(norm, nn.SyncBatchNorm):
+        raise InputError("SyncBatchNorm would take local statistics here; leave this module out of its conversion")
+    missing = [name for name in ("weight", "bias", "running_mean", "running_var") if getattr(norm, name) is None]
+    if missing:
+        raise InputError(f"the norm has no {', '.join(missing)}; make it with affine=True, track_running_stats=True")
+    if norm.momentum is None:
+        raise InputError("momentum=None, a cumulative average, would wait for the device; give the norm a number")
     training = norm.training if training is None else training
     if training:
         norm.num_batches_tracked.add_(1)
     return BatchNorm(
-        norm.weight, norm.bias, norm.running_mean, norm.running_var, training, float(norm.momentum or 0.1), norm.eps
+        norm.weight, norm.bias, norm.running_mean, norm.running_var, training, float(norm.momentum), norm.eps
     )

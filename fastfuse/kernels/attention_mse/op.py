@@ -52,7 +52,8 @@ def attention_mse(
         backend: "auto", "reference", "triton" or "cuda".
 
     Returns:
-        For one pair 0-d (or [B] for "none"); for lists of P pairs [P] (or a stack [P, B] for "none").
+        For one pair 0-d (or [B] for "none"); for lists of P pairs [P] (or a stack [P, B] for "none",
+            which needs equal B). float32 for half-precision input.
 
     Raises:
         InputError, TypeError: pairs that differ in batch, height, width or device; wrong dtype or dimensions.
@@ -64,6 +65,7 @@ def attention_mse(
         _numerics.check_floating(f"inputs[{i}]", x, (3, 4))
         _numerics.check_floating(f"targets[{i}]", y, (3, 4))
         _check_grid(f"targets[{i}]", y, f"inputs[{i}]", x)
+    _numerics.check_stackable(pairs, reduction)
     _dispatch.resolve("attention_mse", backend)
     losses = [reference.attention_mse(x, y, reduction) for x, y in pairs]
     return losses[0] if single else torch.stack(losses)

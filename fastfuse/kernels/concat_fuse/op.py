@@ -15,7 +15,10 @@ _dispatch.register("concat_fuse", {"reference": None})
 
 
 class ConcatFuse(NamedTuple):
-    """`fused` [B, C_out, H, W], its `attention` map [B, H, W] and spatial mean `pooled` [B, C_out] (None if not asked for)."""
+    """`fused` [B, C_out, H, W]; `attention` [B, H, W], its attention map, and `pooled` [B, C_out], its spatial mean.
+
+    The latter two are None where they were not asked for.
+    """
 
     fused: Tensor
     attention: Tensor | None
@@ -69,12 +72,14 @@ def concat_fuse(
         ConcatFuse(fused, attention, pooled).
 
     Raises:
-        InputError, TypeError: maps of different batch, size, dtype or device, or weights of other shapes.
+        InputError, TypeError: maps of different batch, size, dtype or device, or weights or norms of other shapes.
     """
     features = list(features)
     total = _check_features(features)
     _check_weight("depthwise", depthwise, (total, 1, 3, 3))
     _check_weight("pointwise", pointwise, (pointwise.shape[0], total, 1, 1))
+    _numerics.check_batch_norm("norm1", norm1, total)
+    _numerics.check_batch_norm("norm2", norm2, pointwise.shape[0])
     _dispatch.resolve("concat_fuse", backend)
     fused = reference.concat_fuse(features, depthwise, norm1, pointwise, norm2)
     return ConcatFuse(
@@ -95,7 +100,8 @@ def _check_features(features: list[Tensor]) -> int:
             raise TypeError(f"features[{s}] is {feature.dtype}, features[0] {first.dtype}; convert one of them")
         if (feature.shape[0], *feature.shape[2:]) != (first.shape[0], *first.shape[2:]):
             raise InputError(
-                f"features[{s}] {list(feature.shape)} must agree with features[0] {list(first.shape)} in all but channels"
+                f"features[{s}] {list(feature.shape)} must agree with features[0] {list(first.shape)} "
+                "in all but channels"
             )
     return sum(feature.shape[1] for feature in features)
 

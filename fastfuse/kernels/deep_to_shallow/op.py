@@ -42,7 +42,8 @@ def deep_to_shallow(
         One map per stage, shallow to deep: the last stage's output comes first, as in a network's features.
 
     Raises:
-        InputError, TypeError: no stage, channels that do not chain, sizes that a stride of 2 cannot reach.
+        InputError, TypeError: no stage, channels that do not chain, norms of other widths, sizes that a stride of 2
+            cannot reach.
     """
     _numerics.check_floating("x", x, (4,))
     stages = list(stages)
@@ -56,6 +57,7 @@ def deep_to_shallow(
     for j, (stage, size) in enumerate(zip(stages, wanted, strict=True)):
         if stage.weight.shape[0] != channels or tuple(stage.weight.shape[2:]) != (3, 3):
             raise InputError(f"stages[{j}].weight must be [{channels}, C_out, 3, 3], not {list(stage.weight.shape)}")
+        _numerics.check_batch_norm(f"stages[{j}].norm", stage.norm, stage.weight.shape[1])
         target = size or (2 * height, 2 * width)
         paddings.append((output_padding(height, target[0]), output_padding(width, target[1])))
         channels, (height, width) = stage.weight.shape[1], target
@@ -72,7 +74,7 @@ def output_padding(deep: int, shallow: int) -> int:
     padding = shallow - (2 * deep - 1)
     if padding not in (0, 1):
         raise InputError(
-            f"a map of size {deep} can be transformed to {2 * deep - 1} or {2 * deep}, not to {shallow}: "
+            f"sizes: a map of size {deep} can be transformed to {2 * deep - 1} or {2 * deep}, not to {shallow}; "
             "give one map per resolution, each half of the one before it (rounded up)"
         )
     return padding

@@ -21,7 +21,7 @@ def diversity_loss(
 
     Args:
         x: [B, C, H, W], or an attention map [B, H, W].
-        y: the reference student's map, the same B, H, W; its channels may differ.
+        y: the reference student's map, the same B, H, W; its channels may differ. Detached.
         mode: "published": n = |att(y)|, the un-normalised norm, as the published program computes it;
             "normalized": n = 1, the consistent scaling.
         reduction: over samples: "mean", "sum" or "none".
@@ -40,7 +40,7 @@ def diversity_loss(
     if (x.shape[0], *x.shape[-2:]) != (y.shape[0], *y.shape[-2:]):
         raise InputError(f"x {list(x.shape)} and y {list(y.shape)} must agree in batch, height and width")
     _dispatch.resolve("diversity_target", backend)
-    return reference.diversity_loss(x, y, mode, reduction)
+    return reference.diversity_loss(x, y.detach(), mode, reduction)
 
 
 def diversity_target(y: Tensor, *, mode: str = "published", backend: str = "auto") -> Tensor:
@@ -49,16 +49,19 @@ def diversity_target(y: Tensor, *, mode: str = "published", backend: str = "auto
     Symbols and source as in `diversity_loss`.
 
     Args:
-        y: [B, C, H, W] floating point, H W >= 3.
+        y: [B, C, H, W] floating point, H W >= 3. Detached.
         mode: "published" or "normalized".
         backend: "auto", "reference", "triton" or "cuda".
 
     Returns:
-        [B, C, H, W], the dtype of y.
+        [B, C, H, W], the dtype of y; carries no gradient.
+
+    Raises:
+        InputError, TypeError: wrong dtype or dimensions, H W < 3, an unknown mode.
     """
     _check_reference(y, mode, (4,))
     _dispatch.resolve("diversity_target", backend)
-    return reference.diversity_target(y, mode)
+    return reference.diversity_target(y.detach(), mode)
 
 
 def _check_reference(y: Tensor, mode: str, dims: tuple[int, ...]) -> None:

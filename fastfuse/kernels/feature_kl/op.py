@@ -36,7 +36,8 @@ def feature_kl(
         0-d, float32 for half-precision maps.
 
     Raises:
-        InputError, TypeError: maps and targets of different number, shape or device, wrong dtype, T <= 0, unknown `over`.
+        InputError, TypeError: maps and targets of different number, shape or device, wrong dtype, T <= 0, an unknown
+            `over`.
     """
     features, targets = _students.students_and_targets(features, target)
     if not temperature > 0:

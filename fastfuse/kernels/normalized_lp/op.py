@@ -23,17 +23,18 @@ def normalized_lp(
     """Distance of L2-normalised feature maps, for one pair or a list of pairs of any shapes.
 
     mean over B and M of |x/|x| - y/|y||^p, norms per sample over all M = C H W elements, at least 1e-12.
-    Source: p = 2 FFSD (arXiv 2103.14473), training of the transforms; p = 1 Factor Transfer and FEED (arXiv 1909.10754).
+    Sources: p = 2 FFSD (arXiv 2103.14473), training of the transforms; p = 1 Factor Transfer, FEED (arXiv 1909.10754).
 
     Args:
-        inputs: [B, ...] floating point with at least two dimensions.
+        inputs: [B, ...] floating point with two to five dimensions.
         targets: the same shapes; gradients flow wherever they are required.
         p: 1 or 2.
         reduction: over the samples of a pair: "mean", "sum" or "none".
         backend: "auto", "reference", "triton" or "cuda".
 
     Returns:
-        For one pair 0-d (or [B] for "none"); for lists of P pairs [P] (or a stack [P, B] for "none").
+        For one pair 0-d (or [B] for "none"); for lists of P pairs [P] (or a stack [P, B] for "none",
+            which needs equal B). float32 for half-precision input.
 
     Raises:
         InputError, TypeError: pairs of different shape or device, wrong dtype, p that is neither 1 nor 2.
@@ -49,6 +50,7 @@ def normalized_lp(
         _numerics.check_same_device(f"inputs[{i}]", x, **{f"targets[{i}]": y})
         if x.shape != y.shape:
             raise InputError(f"targets[{i}] {list(y.shape)} must have the shape of inputs[{i}] {list(x.shape)}")
+    _numerics.check_stackable(pairs, reduction)
     _dispatch.resolve("normalized_lp", backend)
     losses = [reference.normalized_lp(x, y, p, reduction) for x, y in pairs]
     return losses[0] if single else torch.stack(losses)

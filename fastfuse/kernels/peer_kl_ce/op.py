@@ -1,6 +1,6 @@
 """Public form of peer_kl_ce."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -71,7 +71,7 @@ def peer_kl_ce(
 
 def peer_kl(
     prediction: Tensor,
-    peers: Sequence[Tensor],
+    peers: Tensor | Sequence[Tensor],
     *,
     temperature: float,
     reduction: str = "mean",
@@ -81,17 +81,21 @@ def peer_kl(
 
     Args:
         prediction: [B, K] floating point.
-        peers: at least one [B, K]; detached.
+        peers: at least one, [P, B, K] or P tensors [B, K]; detached.
         temperature: T > 0.
         reduction: over samples: "mean", "sum" or "none".
         backend: "auto", "reference", "triton" or "cuda".
 
     Returns:
-        0-d, or [B] for "none".
+        0-d, or [B] for "none"; float32 for half-precision logits.
+
+    Raises:
+        InputError, TypeError: no peer, logits of different shape or device or of wrong dtype, T <= 0.
     """
+    peers = list(peers)
     if not peers:
         raise InputError("peers must hold at least one peer's logits")
-    _check_rows([prediction, *peers], temperature)
+    _check_rows({"prediction": prediction, **{f"peers[{j}]": peer for j, peer in enumerate(peers)}}, temperature)
     _numerics.check_reduction(reduction)
     _dispatch.resolve("peer_kl_ce", backend)
     return _numerics.reduce(reference.peer_kl(prediction, peers, temperature), reduction)
@@ -108,23 +112,25 @@ def _teacher(head: int, teacher: int, heads: int) -> int:
 
 
 def _check(rows: list[Tensor], labels: Tensor, temperature: float) -> None:
-    _check_rows(rows, temperature)
+    if not rows:
+        raise InputError("logits must hold at least one head")
+    _check_rows({f"logits[{i}]": row for i, row in enumerate(rows)}, temperature)
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        given = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels must be a tensor of int64 class indices, not {given}; use labels.long()")
     _numerics.check_same_device("logits[0]", rows[0], labels=labels)
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels must be int64 class indices, not {labels.dtype}; use labels.long()")
     if labels.shape != rows[0].shape[:1]:
         raise InputError(
             f"labels must have shape [{rows[0].shape[0]}] like the batch of the logits, not {list(labels.shape)}"
         )
 
 
-def _check_rows(rows: list[Tensor], temperature: float) -> None:
-    if not rows:
-        raise InputError("logits must hold at least one head")
-    for i, row in enumerate(rows):
-        _numerics.check_floating(f"logits[{i}]", row, (2,))
-        _numerics.check_same_device("logits[0]", rows[0], **{f"logits[{i}]": row})
-        if row.shape != rows[0].shape:
-            raise InputError(f"logits[{i}] {list(row.shape)} must have the shape of logits[0] {list(rows[0].shape)}")
+def _check_rows(rows: Mapping[str, Tensor], temperature: float) -> None:
+    first_name, first = next(iter(rows.items()))
+    for name, row in rows.items():
+        _numerics.check_floating(name, row, (2,))
+        _numerics.check_same_device(first_name, first, **{name: row})
+        if row.shape != first.shape:
+            raise InputError(f"{name} {list(row.shape)} must have the shape of {first_name} {list(first.shape)}")
     if not temperature > 0:
         raise InputError(f"temperature must be positive, not {temperature}")
