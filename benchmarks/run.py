@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import NoReturn
 
 # Run as a script, Python looks in this folder only: the package and its neighbour fastfuse lie one above.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+# Before torch is loaded: threads that spin while they wait make a busy machine a hundred times slower (docs/LOG.md).
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from fastfuse.errors import FastfuseError, InputError, unknown_name
 

@@ -101,6 +101,8 @@ class TrainConfig:
 
     amp: str = "off"
     """off, bf16 or fp16 (fp16 with loss scaling)."""
+    channels_last: bool = True
+    """Keep maps and convolution weights channels-last; faster on CPUs and in half precision."""
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, which is then evaluated and deployed; 0 is off."""
     device: str = "auto"

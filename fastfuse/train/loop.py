@@ -96,7 +96,7 @@ class Trainer:
         self.dataset = dataset.to(device)
         self.method = method.to(device).train()
         self.optimizers = build_optimizers(self.method, **build.optimizer_settings(config))
-        self.step = TrainStep(self.method, self.optimizers, amp=config.amp)
+        self.step = TrainStep(self.method, self.optimizers, amp=config.amp, channels_last=config.channels_last)
         self.ema = None
         if config.ema:
             average = get_ema_multi_avg_fn(config.ema)
@@ -139,7 +139,9 @@ class Trainer:
     def evaluate(self, split: Split, method: Method | None = None) -> Accuracy:
         """Accuracy on a split of the trained networks (their moving average if there is one), or of another method."""
         mean, std = self.dataset.mean, self.dataset.std
-        batches = data.evaluation_batches(split, mean=mean, std=std, batch_size=EVALUATION_BATCH)
+        batches = data.evaluation_batches(
+            split, mean=mean, std=std, batch_size=EVALUATION_BATCH, memory_format=self.step.memory_format
+        )
         return evaluate(method or self._evaluated(), batches, self.step.autocast)
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -163,6 +165,7 @@ class Trainer:
             seed=config.seed,
             epoch=position.epoch,
             start_step=position.step,
+            memory_format=self.step.memory_format,
         )
         clock = _Clock(position)
         for images, labels in batches:

@@ -18,10 +18,13 @@ class TrainStep:
         method: in training mode.
         optimizers: over all its parameters.
         amp: "off", "bf16", or "fp16" (with gradient scaling).
+        channels_last: memory format of convolution weights and, through them, of all maps. On a CPU a ResNet-32 step
+            takes 0.78 of the time (docs/LOG.md), and augmented batches come in this format without a copy.
     """
 
-    def __init__(self, method: Method, optimizers: Optimizers, *, amp: str = "off") -> None:
-        self.method = method
+    def __init__(self, method: Method, optimizers: Optimizers, *, amp: str = "off", channels_last: bool = True) -> None:
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.method = method.to(memory_format=self.memory_format)
         self.optimizers = optimizers
         self.amp_dtype = AMP_DTYPES[amp]
         self.device_type = next(method.parameters()).device.type
@@ -40,6 +43,7 @@ class TrainStep:
             images: [B, 3, H, W]; labels: [B] int64; progress: 0-d, see `Method.forward`.
         """
         self.optimizers.zero_grad()
+        images = images.contiguous(memory_format=self.memory_format)
         with self.autocast():
             output = self.method(images, labels, progress)
         loss = output.loss if self.scaler is None else self.scaler.scale(output.loss)

@@ -58,6 +58,7 @@ HAS_OWN_TEST = {
     "data_root": "below",
     "data_path": "below",
     "download": "below",
+    "channels_last": "below",
     "ema": "below",
     "device": "below",
     "out": "test_run.py",
@@ -164,6 +165,24 @@ def test_amp_runs_networks_in_half_precision_and_losses_in_float32(train, amp, m
     assert seen == {torch.bfloat16 if amp == "bf16" else torch.float16}
     assert all(np.isfinite(list(line["losses"].values())).all() for line in run.metrics)
     assert (load(run.path / "checkpoint.pt")["scaler"] is not None) == (amp == "fp16")
+
+
+@pytest.mark.parametrize("option", ["--channels-last", "--no-channels-last"])
+def test_channels_last_decides_the_memory_format(train, option, monkeypatch):
+    seen = set()
+    original = models.build("resnet8", 3).__class__.forward
+
+    def forward(self, images):
+        output = original(self, images)
+        if torch.is_grad_enabled():
+            tensors = (images, self.layer2[0].conv1.weight, output.features[1])
+            seen.update(x.is_contiguous(memory_format=torch.channels_last) for x in tensors)
+        return output
+
+    monkeypatch.setattr("fastfuse.models.cifar_resnet.CifarResNet.forward", forward)
+    run = train(option)
+    assert seen == {option == "--channels-last"}
+    assert all(weight.is_contiguous() for weight in run.weights("leader").values())
 
 
 def test_data_and_its_path(train, tiny_npz, tmp_path):
