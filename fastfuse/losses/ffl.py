@@ -8,7 +8,8 @@ from fastfuse import functional
 from fastfuse.losses.ramps import sigmoid_rampup
 
 if TYPE_CHECKING:
-    from fastfuse.losses.fusion_loss import Batch, FusionLoss
+    from fastfuse.losses._checks import Batch
+    from fastfuse.losses.fusion_loss import FusionLoss
 
 DEFAULTS = {"temperature": 3.0, "rampup_epochs": 80, "kl_target_epsilon": 0.0}
 

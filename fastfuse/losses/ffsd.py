@@ -10,7 +10,8 @@ from fastfuse import functional
 from fastfuse.losses.ramps import sigmoid_rampup
 
 if TYPE_CHECKING:
-    from fastfuse.losses.fusion_loss import Batch, FusionLoss
+    from fastfuse.losses._checks import Batch
+    from fastfuse.losses.fusion_loss import FusionLoss
 
 DEFAULTS = {
     "temperature": 2.0,
@@ -20,6 +21,7 @@ DEFAULTS = {
     "lambda_self_distillation": 1000.0,
     "diversity_mode": "published",
 }
+DIVERSITY_MODES = ("published", "normalized")
 
 
 def ramp(progress: float | Tensor, rampup_epochs: float) -> float | Tensor:

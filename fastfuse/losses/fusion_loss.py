@@ -9,14 +9,22 @@ from torch import Tensor, nn
 from fastfuse import functional
 from fastfuse.errors import InputError, unknown_name
 from fastfuse.losses import ffl, ffsd
+from fastfuse.losses._checks import (
+    Batch,
+    Expected,
+    Maps,
+    channel_list,
+    check_networks,
+    check_number,
+    checked_batch,
+    resolve_hyperparameters,
+)
 from fastfuse.nn.connectors import Connector
 from fastfuse.nn.fusion import FusionHead, TransFusion
 from fastfuse.nn.transforms import DeepToShallow
 
 METHODS = {"ffsd": ffsd, "ffl": ffl}
 FEATURE_TERMS = ("attention", "mse", "kl")
-
-Maps = Tensor | Sequence[Tensor]
 
 
 class FusionLossOutput(NamedTuple):
@@ -40,16 +48,6 @@ class ParameterGroups(NamedTuple):
     adam: list[dict[str, Any]]
 
 
-class Batch(NamedTuple):
-    """One checked batch: maps per student and stage, logits per student, labels, and the leader's if there is one."""
-
-    features: list[list[Tensor]]
-    logits: list[Tensor]
-    labels: Tensor
-    leader_features: list[Tensor] | None
-    leader_logits: Tensor | None
-
-
 class FusionLoss(nn.Module):
     """Feature-fusion distillation as a loss: FFSD (arXiv 2103.14473) or FFL (arXiv 1904.09058).
 
@@ -58,7 +56,9 @@ class FusionLoss(nn.Module):
 
     Args:
         feature_channels: for each student, the channels of its last map, or of all its tapped maps, shallow to deep.
-            Self-distillation and its transforms exist only where maps of two or more stages are given.
+            Self-distillation and its transforms exist only where maps of two or more stages are given; the transform
+            of student i learns from student i's own maps, or, where the last maps of students i - 1 and i differ in
+            width, from those of student i - 1, whose map it must read.
         num_classes: K.
         method: "ffsd" or "ffl".
         leader_channels: the same for the leader; None trains without one (its logits and maps are then not taken).
@@ -76,7 +76,8 @@ class FusionLoss(nn.Module):
         feature_temperature: T of "kl", taken over positions.
 
     Raises:
-        InputError: too few students, an unknown method or term, a hyper-parameter that the method does not have.
+        InputError: too few students, channels that are no positive integers, an unknown method, term or mode, a
+            hyper-parameter that the method does not have or whose value cannot be used.
     """
 
     def __init__(
@@ -102,23 +103,27 @@ class FusionLoss(nn.Module):
             raise unknown_name("method", method, METHODS)
         if feature is not None and feature not in FEATURE_TERMS:
             raise unknown_name("feature term", feature, FEATURE_TERMS)
+        if num_classes < 1:
+            raise InputError(f"num_classes must be at least 1, not {num_classes}")
+        check_number("feature_weight", feature_weight)
+        check_number("feature_temperature", feature_temperature, positive=True)
         self.method = method
         self.feature = feature
         self.feature_weight = feature_weight
         self.feature_temperature = feature_temperature
-        self.hyperparameters = _hyperparameters(
-            method,
-            temperature=temperature,
-            rampup_epochs=rampup_epochs,
-            lambda_diversity=lambda_diversity,
-            lambda_fusion=lambda_fusion,
-            lambda_self_distillation=lambda_self_distillation,
-            diversity_mode=diversity_mode,
-            kl_target_epsilon=kl_target_epsilon,
-        )
-        self.feature_channels = [_channels(c) for c in feature_channels]
-        self.leader_channels = None if leader_channels is None else _channels(leader_channels)
-        self._check_networks()
+        given = {
+            "temperature": temperature,
+            "rampup_epochs": rampup_epochs,
+            "lambda_diversity": lambda_diversity,
+            "lambda_fusion": lambda_fusion,
+            "lambda_self_distillation": lambda_self_distillation,
+            "diversity_mode": diversity_mode,
+            "kl_target_epsilon": kl_target_epsilon,
+        }
+        self.hyperparameters = resolve_hyperparameters(method, METHODS[method].DEFAULTS, ffsd.DIVERSITY_MODES, given)
+        self.feature_channels = [channel_list(c) for c in feature_channels]
+        self.leader_channels = None if leader_channels is None else channel_list(leader_channels)
+        check_networks(method, self.feature_channels, self.leader_channels)
 
         last = [channels[-1] for channels in self.feature_channels]
         # The leader's transform reads the fused map, so the fused map has the leader's width where there is a leader.
@@ -162,7 +167,9 @@ class FusionLoss(nn.Module):
             InputError, TypeError: numbers of students or stages, channels, batch sizes, devices or dtypes that do not
                 fit together; the text names the argument.
         """
-        batch = self._checked(features, logits, labels, leader_features, leader_logits)
+        own = self.fusion.classifier
+        expected = Expected(self.feature_channels, self.leader_channels, own.out_features, own.weight)
+        batch = checked_batch(expected, features, logits, labels, leader_features, leader_logits)
         losses = METHODS[self.method]
         weight = 1.0 if progress is None else losses.ramp(progress, self.hyperparameters["rampup_epochs"])
         terms, fused_logits, fused_map = losses.terms(self, batch, weight)
@@ -201,18 +208,6 @@ class FusionLoss(nn.Module):
         )
         return ParameterGroups(groups, adam)
 
-    def _check_networks(self) -> None:
-        minimum = 2
-        if len(self.feature_channels) < minimum:
-            raise InputError(f"{self.method} needs at least {minimum} students, {len(self.feature_channels)} given")
-        if self.method == "ffl" and self.leader_channels is not None:
-            raise InputError("ffl has no leader: leave leader_channels out, or use method='ffsd'")
-        networks = [*self.feature_channels, *([self.leader_channels] if self.leader_channels else [])]
-        if len({len(channels) for channels in networks}) > 1:
-            raise InputError(
-                f"all networks must be tapped at equally many stages, not {[len(channels) for channels in networks]}"
-            )
-
     def _build_transforms(self) -> None:
         for i in range(1, len(self.feature_channels)):
             # Published: trained on student i's maps, used on student i-1's. Where their widths differ, student i-1's
@@ -229,90 +224,8 @@ class FusionLoss(nn.Module):
         maps = [student[-1] for student in batch.features]
         if self.feature == "attention":
             return functional.attention_mse(maps, [fused_map] * len(maps)).sum()
-        maps = [self.connectors[n](m) if (n := f"student{i}") in self.connectors else m for i, m in enumerate(maps)]
+        names = [f"student{i}" for i in range(len(maps))]
+        maps = [self.connectors[n](m) if n in self.connectors else m for n, m in zip(names, maps, strict=True)]
         if self.feature == "mse":
             return functional.feature_mse(maps, fused_map)
         return functional.feature_kl(maps, fused_map, temperature=self.feature_temperature)
-
-    def _checked(
-        self,
-        features: Sequence[Maps],
-        logits: Sequence[Tensor],
-        labels: Tensor,
-        leader_features: Maps | None,
-        leader_logits: Tensor | None,
-    ) -> Batch:
-        count = len(self.feature_channels)
-        if len(features) != count or len(logits) != count:
-            raise InputError(
-                f"this loss was built for {count} students: {len(features)} entries of features and "
-                f"{len(logits)} of logits given"
-            )
-        has_leader = self.leader_channels is not None
-        if has_leader != (leader_features is not None) or has_leader != (leader_logits is not None):
-            expected = "leader_features and leader_logits are needed" if has_leader else "it takes no leader's tensors"
-            built = f"leader_channels={self.leader_channels}"
-            raise InputError(
-                f"this loss was built with {built}: {expected}; build it with the leader's channels or without"
-            )
-        own = next(self.fusion.parameters())
-        students = [_maps(f"features[{i}]", f, c, own) for i, (f, c) in enumerate(zip(features, self.feature_channels))]
-        leader = (
-            None if leader_features is None else _maps("leader_features", leader_features, self.leader_channels, own)
-        )
-        names = [f"logits[{i}]" for i in range(count)] + (["leader_logits"] if has_leader else [])
-        for name, row in zip(names, [*logits, *([leader_logits] if has_leader else [])], strict=True):
-            _check_batch(name, row, students[0][-1])
-            if row.dim() != 2 or row.shape[1] != self.fusion.classifier.out_features:
-                raise InputError(f"{name} must be [B, {self.fusion.classifier.out_features}], not {list(row.shape)}")
-        _check_batch("labels", labels, students[0][-1])
-        for name, maps in [*((f"features[{i}]", maps) for i, maps in enumerate(students)), ("leader_features", leader)]:
-            for feature in maps or ():
-                _check_batch(name, feature, students[0][-1])
-        return Batch(students, list(logits), labels, leader, leader_logits)
-
-
-def _channels(channels: int | Sequence[int]) -> list[int]:
-    channels = [channels] if isinstance(channels, int) else list(channels)
-    if not channels or any(c < 1 for c in channels):
-        raise InputError(f"channels must be positive integers, shallow to deep, not {channels}")
-    return channels
-
-
-def _hyperparameters(method: str, **given: Any) -> dict[str, Any]:
-    resolved = dict(METHODS[method].DEFAULTS)
-    for name, value in given.items():
-        if value is None:
-            continue
-        if name not in resolved:
-            raise InputError(f"{method} has no {name}; it has {', '.join(resolved)}")
-        resolved[name] = value
-    if not resolved["temperature"] > 0:
-        raise InputError(f"temperature must be positive, not {resolved['temperature']}")
-    return resolved
-
-
-def _maps(name: str, maps: Maps, channels: list[int], parameter: Tensor) -> list[Tensor]:
-    maps = [maps] if isinstance(maps, Tensor) else list(maps)
-    if len(maps) != len(channels):
-        raise InputError(f"{name} must hold {len(channels)} maps, one per tapped stage, not {len(maps)}")
-    for stage, (feature, expected) in enumerate(zip(maps, channels, strict=True)):
-        if feature.dim() != 4 or feature.shape[1] != expected:
-            raise InputError(f"{name}, stage {stage}: expected [B, {expected}, H, W], not {list(feature.shape)}")
-        if feature.dtype != parameter.dtype and not torch.is_autocast_enabled(feature.device.type):
-            raise TypeError(
-                f"{name}, stage {stage} is {feature.dtype}, the loss's parameters are {parameter.dtype}: "
-                "convert one of them, or run under torch.autocast"
-            )
-        if feature.device != parameter.device:
-            raise InputError(
-                f"{name} is on {feature.device}, the loss's parameters on {parameter.device}; move one of them"
-            )
-    return maps
-
-
-def _check_batch(name: str, x: Tensor, feature: Tensor) -> None:
-    if x.device != feature.device:
-        raise InputError(f"{name} is on {x.device}, features[0] on {feature.device}; move one of them")
-    if x.dim() == 0 or x.shape[0] != feature.shape[0]:
-        raise InputError(f"{name} {list(x.shape)} must have the batch of features[0], {feature.shape[0]}")

@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from fastfuse.errors import InputError
@@ -73,17 +72,14 @@ def check_students(method: type[Method], students: int) -> None:
         )
 
 
-def network_group(parameters: list[nn.Parameter], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The SGD group of the networks themselves."""
-    names = ("lr", "momentum", "nesterov", "weight_decay")
-    return {"params": parameters, **{name: settings[name] for name in names}}
-
-
-def probe_features(network: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
-    """The maps of a network for a batch, computed in eval mode so that no running statistics change."""
-    was_training = network.training
-    network.eval()
-    with torch.no_grad():
-        output = network(images)
-    network.train(was_training)
-    return (output[0] if isinstance(output, list) else output).features
+def network_group(
+    parameters: list[nn.Parameter],
+    *,
+    lr: float = 0.1,
+    momentum: float = 0.9,
+    nesterov: bool = True,
+    weight_decay: float = 1e-4,
+    **others: Any,
+) -> dict[str, Any]:
+    """The SGD group of the networks themselves; `others` are settings of `FusionLoss`'s own parameters."""
+    return {"params": parameters, "lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from fastfuse import functional
+from fastfuse.errors import InputError
 from fastfuse.methods.independent import Independent
 
 
@@ -29,6 +30,8 @@ class DML(Independent):
         self, make_network: Callable[[], nn.Module], students: int, num_classes: int, *, temperature: float = 2.0
     ) -> None:
         super().__init__(make_network, students, num_classes)
+        if not temperature > 0:
+            raise InputError(f"temperature must be positive, not {temperature}")
         self.temperature = temperature
 
     def terms(self, logits: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:

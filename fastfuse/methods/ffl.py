@@ -63,7 +63,7 @@ class FFL(Method):
     def parameter_groups(self, **settings: Any) -> ParameterGroups:
         """See `Method.parameter_groups`."""
         own = self.criterion.parameter_groups(**settings)
-        return ParameterGroups([network_group(list(self.network.parameters()), settings), *own.sgd], own.adam)
+        return ParameterGroups([network_group(list(self.network.parameters()), **settings), *own.sgd], own.adam)
 
     def deployed_state(self) -> dict[str, Tensor]:
         """See `Method.deployed_state`."""

@@ -78,7 +78,7 @@ class FFSD(Method):
         """See `Method.parameter_groups`."""
         own = self.criterion.parameter_groups(**settings)
         networks = [*self.common_students.parameters(), *self.leader.parameters()]
-        return ParameterGroups([network_group(networks, settings), *own.sgd], own.adam)
+        return ParameterGroups([network_group(networks, **settings), *own.sgd], own.adam)
 
     def deployed_state(self) -> dict[str, Tensor]:
         """See `Method.deployed_state`."""

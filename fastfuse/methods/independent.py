@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from fastfuse import functional
 from fastfuse.losses import ParameterGroups
-from fastfuse.methods.base import Method, MethodOutput, network_group
+from fastfuse.methods.base import Method, MethodOutput, check_students, network_group
 
 
 class Independent(Method):
@@ -26,6 +26,7 @@ class Independent(Method):
 
     def __init__(self, make_network: Callable[[], nn.Module], students: int, num_classes: int) -> None:
         super().__init__()
+        check_students(type(self), students)
         self.peers = nn.ModuleList(make_network() for _ in range(students))
 
     def forward(self, images: Tensor, labels: Tensor, progress: Tensor) -> MethodOutput:
@@ -40,7 +41,11 @@ class Independent(Method):
 
     def terms(self, logits: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
         """The loss terms of one batch."""
-        return {f"{name}_ce": F.cross_entropy(row.float(), labels) for name, row in logits.items()}
+        without_teachers = [[] for _ in logits]
+        cross_entropy, _ = functional.peer_kl_ce(
+            list(logits.values()), labels, temperature=1.0, teachers=without_teachers
+        )
+        return {f"{name}_ce": cross_entropy[i] for i, name in enumerate(logits)}
 
     def predict(self, images: Tensor) -> dict[str, Tensor]:
         """See `Method.predict`."""
@@ -56,7 +61,7 @@ class Independent(Method):
 
     def parameter_groups(self, **settings: Any) -> ParameterGroups:
         """See `Method.parameter_groups`."""
-        return ParameterGroups([network_group(list(self.peers.parameters()), settings)], [])
+        return ParameterGroups([network_group(list(self.peers.parameters()), **settings)], [])
 
     def deployed_state(self) -> dict[str, Tensor]:
         """See `Method.deployed_state`."""

@@ -1,0 +1,185 @@
+"""What `FusionLoss` refuses, at construction and per batch; none of it looks at values on the device."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastfuse.errors import InputError, unknown_name
+
+Maps = Tensor | Sequence[Tensor]
+
+
+class Batch(NamedTuple):
+    """One checked batch: maps per student and stage, logits per student, labels, and the leader's if there is one."""
+
+    features: list[list[Tensor]]
+    logits: list[Tensor]
+    labels: Tensor
+    leader_features: list[Tensor] | None
+    leader_logits: Tensor | None
+
+
+class Expected(NamedTuple):
+    """What a loss was built for: channels per student and stage, the leader's or None, K, and one of its parameters."""
+
+    feature_channels: list[list[int]]
+    leader_channels: list[int] | None
+    num_classes: int
+    parameter: Tensor
+
+
+def channel_list(channels: int | Sequence[int]) -> list[int]:
+    """Channels of one network's tapped maps, shallow to deep; a single number is its last map's."""
+    found = list(channels) if isinstance(channels, Sequence) else [channels]
+    if not found or any(not isinstance(c, int) or c < 1 for c in found):
+        raise InputError(f"channels must be positive integers, shallow to deep, not {channels!r}")
+    return found
+
+
+def check_networks(method: str, feature_channels: list[list[int]], leader_channels: list[int] | None) -> None:
+    """Refuse too few students, a leader where there is none, and networks tapped at different numbers of stages."""
+    minimum = 2
+    if len(feature_channels) < minimum:
+        raise InputError(f"{method} needs at least {minimum} students, {len(feature_channels)} given")
+    if method == "ffl" and leader_channels is not None:
+        raise InputError("ffl has no leader: leave leader_channels out, or use method='ffsd'")
+    stages = [len(channels) for channels in [*feature_channels, *([leader_channels] if leader_channels else [])]]
+    if len(set(stages)) > 1:
+        raise InputError(f"all networks must be tapped at equally many stages, not {stages}")
+
+
+def check_number(name: str, value: float, *, positive: bool = False) -> None:
+    """Refuse what is not finite, or below 0, or 0 where it must be positive."""
+    if not (math.isfinite(value) and value >= 0) or (positive and value == 0):
+        raise InputError(f"{name} must be a finite number {'above' if positive else 'of at least'} 0, not {value}")
+
+
+def resolve_hyperparameters(
+    method: str, defaults: Mapping[str, Any], modes: Sequence[str], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The method's defaults with what was given (None: not given).
+
+    Args:
+        method: its name, for the text of errors.
+        defaults: all that it has.
+        modes: what `diversity_mode` can be.
+        given: by name.
+    """
+    resolved = dict(defaults)
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name not in resolved:
+            raise InputError(f"{method} has no {name}; it has {', '.join(resolved)}")
+        if name == "diversity_mode":
+            if value not in modes:
+                raise unknown_name("diversity_mode", value, modes)
+        else:
+            check_number(name, value, positive=name == "temperature")
+        resolved[name] = value
+    return resolved
+
+
+def checked_batch(
+    expected: Expected,
+    features: Sequence[Maps],
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    leader_features: Maps | None,
+    leader_logits: Tensor | None,
+) -> Batch:
+    """The arguments of `FusionLoss.forward` as a `Batch`.
+
+    Raises:
+        InputError, TypeError: something does not fit the loss or the rest of the batch; the text names the argument.
+    """
+    count = len(expected.feature_channels)
+    if len(features) != count or len(logits) != count:
+        raise InputError(
+            f"this loss was built for {count} students: {len(features)} entries of features and "
+            f"{len(logits)} of logits given"
+        )
+    _check_leader(expected, leader_features, leader_logits)
+    students = [
+        _maps(f"features[{i}]", maps, channels, expected.parameter)
+        for i, (maps, channels) in enumerate(zip(features, expected.feature_channels, strict=True))
+    ]
+    first = students[0][-1]
+    for i, maps in enumerate(students):
+        _check_grids(f"features[{i}]", maps, first)
+    leader = None
+    if leader_features is not None:
+        leader = _maps("leader_features", leader_features, expected.leader_channels, expected.parameter)
+        _check_grids("leader_features", leader, first)
+    rows = list(logits)
+    for i, row in enumerate(rows):
+        _check_logits(f"logits[{i}]", row, expected.num_classes, first)
+    if leader_logits is not None:
+        _check_logits("leader_logits", leader_logits, expected.num_classes, first)
+    _check_beside("labels", labels, first)
+    return Batch(students, rows, labels, leader, leader_logits)
+
+
+def _check_leader(expected: Expected, leader_features: Maps | None, leader_logits: Tensor | None) -> None:
+    has_leader = expected.leader_channels is not None
+    if has_leader != (leader_features is not None) or has_leader != (leader_logits is not None):
+        needed = "leader_features and leader_logits are needed" if has_leader else "it takes no leader's tensors"
+        raise InputError(
+            f"this loss was built with leader_channels={expected.leader_channels}: {needed}; "
+            "build it with the leader's channels or without"
+        )
+
+
+def _maps(name: str, maps: Maps, channels: list[int], parameter: Tensor) -> list[Tensor]:
+    maps = [maps] if isinstance(maps, Tensor) else list(maps)
+    if len(maps) != len(channels):
+        raise InputError(f"{name} must hold {len(channels)} maps, one per tapped stage, not {len(maps)}")
+    for stage, (feature, expected) in enumerate(zip(maps, channels, strict=True)):
+        _check_tensor(f"{name}, stage {stage}", feature)
+        if feature.dim() != 4 or feature.shape[1] != expected:
+            raise InputError(f"{name}, stage {stage}: expected [B, {expected}, H, W], not {list(feature.shape)}")
+        if feature.dtype != parameter.dtype and not torch.is_autocast_enabled(feature.device.type):
+            raise TypeError(
+                f"{name}, stage {stage} is {feature.dtype}, the loss's parameters are {parameter.dtype}: "
+                "convert one of them, or run under torch.autocast"
+            )
+        if feature.device != parameter.device:
+            raise InputError(
+                f"{name} is on {feature.device}, the loss's parameters on {parameter.device}; move one of them"
+            )
+    return maps
+
+
+def _check_grids(name: str, maps: list[Tensor], first: Tensor) -> None:
+    """All maps have the batch of the first student's last map; the last ones, which are fused, also its resolution."""
+    for feature in maps:
+        _check_beside(name, feature, first)
+    if maps[-1].shape[2:] != first.shape[2:]:
+        raise InputError(
+            f"the last map of {name} {list(maps[-1].shape)} must have the height and width of that of features[0] "
+            f"{list(first.shape)}; resize it first"
+        )
+
+
+def _check_logits(name: str, row: Tensor, num_classes: int, first: Tensor) -> None:
+    _check_tensor(name, row)
+    _check_beside(name, row, first)
+    if row.dim() != 2 or row.shape[1] != num_classes:
+        raise InputError(f"{name} must be [B, {num_classes}], not {list(row.shape)}")
+
+
+def _check_tensor(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, not {x.dtype}; convert it first")
+
+
+def _check_beside(name: str, x: Tensor, first: Tensor) -> None:
+    if x.device != first.device:
+        raise InputError(f"{name} is on {x.device}, features[0] on {first.device}; move one of them")
+    if x.dim() == 0 or x.shape[0] != first.shape[0]:
+        raise InputError(f"{name} {list(x.shape)} must have the batch of features[0], {first.shape[0]}")
