@@ -65,7 +65,7 @@ def show(report: Report) -> None:
     """Print the table and one line for each ratio; warnings go to the standard error."""
     console = Console()
     named = {**report.settings, **report.environment}
-    console.print(", ".join(f"{key} {value}" for key, value in named.items()), highlight=False)
+    console.print(", ".join(f"{key} {value}" for key, value in named.items()), highlight=False, soft_wrap=True)
     table = Table()
     for heading in report.columns.values():
         table.add_column(heading, justify="left" if heading == "provider" else "right")

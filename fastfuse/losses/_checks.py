@@ -117,8 +117,10 @@ def checked_batch(
     rows = list(logits)
     for i, row in enumerate(rows):
         _check_logits(f"logits[{i}]", row, expected.num_classes, first)
+        _check_same_dtype(f"logits[{i}]", row, rows[0])
     if leader_logits is not None:
         _check_logits("leader_logits", leader_logits, expected.num_classes, first)
+        _check_same_dtype("leader_logits", leader_logits, rows[0])
     _check_beside("labels", labels, first)
     return Batch(students, rows, labels, leader, leader_logits)
 
@@ -169,6 +171,11 @@ def _check_logits(name: str, row: Tensor, num_classes: int, first: Tensor) -> No
     _check_beside(name, row, first)
     if row.dim() != 2 or row.shape[1] != num_classes:
         raise InputError(f"{name} must be [B, {num_classes}], not {list(row.shape)}")
+
+
+def _check_same_dtype(name: str, row: Tensor, first: Tensor) -> None:
+    if row.dtype != first.dtype and not torch.is_autocast_enabled(row.device.type):
+        raise TypeError(f"{name} is {row.dtype}, logits[0] {first.dtype}: convert one of them")
 
 
 def _check_tensor(name: str, x: Tensor) -> None:
