@@ -157,7 +157,7 @@ FORWARD = {
         TypeError,
         ["leader_logits", "floating-point", "int64"],
     ),
-    "dtype of logits": (_with("logits", x(4, 5).double(), 1), TypeError, ["logits[1]", "float64", "float32"]),
+    "dtype of logits": (_with("logits", x(4, 5).float(), 1), TypeError, ["logits[1]", "float32", "float64"]),
     "dtype of leader's logits": (_with("leader_logits", x(4, 5).half()), TypeError, ["leader_logits", "float16"]),
     "logits that are no tensor": (_with("logits", [0.0] * 5, 1), TypeError, ["logits[1]", "list"]),
     "logits elsewhere": (_with("logits", x(4, 5, device="meta"), 1), InputError, ["logits[1]", "meta"]),
