@@ -3,9 +3,7 @@
 import csv
 import io
 import json
-import os
 import platform
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -17,11 +15,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fastfuse import info
 from fastfuse.errors import InputError
+from fastfuse.train.files import write_atomic
 
 Value = str | int | float
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -52,11 +50,11 @@ class Report:
 def environment(device: torch.device) -> dict[str, Value]:
     """Device, software, threads and commit of this run."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {_processor()}",
+        "device": info.device_name(device),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
-        "commit": _commit(),
+        "commit": info.commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -99,7 +97,11 @@ def save(report: Report, directory: Path) -> list[Path]:
     writer.writeheader()
     writer.writerows(lines)
     texts = {".json": json.dumps(asdict(report), indent=1) + "\n", ".csv": table.getvalue()}
-    return [_replace(directory / (report.name + suffix), text) for suffix, text in texts.items()]
+    paths = []
+    for suffix, text in texts.items():
+        paths.append(directory / (report.name + suffix))
+        write_atomic(paths[-1], lambda file, text=text: file.write(text.encode()))
+    return paths
 
 
 def ratios(medians: Mapping[str, float], baseline: str) -> dict[str, float]:
@@ -107,38 +109,5 @@ def ratios(medians: Mapping[str, float], baseline: str) -> dict[str, float]:
     return {f"{baseline}/{name}": medians[baseline] / value for name, value in medians.items() if name != baseline}
 
 
-def _replace(path: Path, text: str) -> Path:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
-
-
 def _cell(value: Value) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
-
-
-def _commit() -> str:
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return done.stdout.strip()
-
-    commit = git("rev-parse", "--short=12", "HEAD")
-    if commit is None:
-        return "none"
-    return f"{commit} with changes" if git("status", "--porcelain", "--untracked-files=no") else commit

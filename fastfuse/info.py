@@ -36,12 +36,21 @@ def versions() -> dict[str, str | None]:
 
 
 def device_name(device: Any) -> str:
-    """A GPU's name, or the CPU's architecture and thread count."""
+    """A GPU's name, or the processor's and the number of threads."""
     import torch
 
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return f"{_processor()} CPU, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def info() -> dict[str, Any]:

@@ -11,6 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+# Without a GPU the Triton kernels are tested in the interpreter; the variable must be set before triton is loaded.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
 # The tensors are small: more threads only wait for each other, and the order of sums should not follow the machine.
 torch.set_num_threads(min(2, torch.get_num_threads()))
 

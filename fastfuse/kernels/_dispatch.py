@@ -1,18 +1,21 @@
 """Which backend serves an op: names, resolution, and the reason why one cannot.
 
-`auto` takes the first usable backend in the order in which the op registered them. An explicit request never falls
-back. FASTFUSE_BACKEND replaces `auto` for the whole process; it is read at the first call that asks.
+`auto` takes the first usable backend in the order in which the op registered them; tensors on a CPU take the reference.
+An explicit request never falls back. FASTFUSE_BACKEND replaces `auto` for the whole process; it is read at the first
+call that asks.
 """
 
 import os
 from collections.abc import Callable, Mapping
 
+from torch import Tensor
+
 from fastfuse.errors import BackendUnavailableError, unknown_name
 
 BACKENDS = ("reference", "triton", "cuda")
 
-# op -> backend -> a function that says why the backend cannot serve here (None: it can).
-WhyNot = Callable[[], str | None]
+# op -> backend -> a function that says why the backend cannot serve a tensor, or this machine at all (None: it can).
+WhyNot = Callable[[Tensor | None], str | None]
 _ops: dict[str, dict[str, WhyNot | None]] = {}
 _process_default: str | None = None
 
@@ -27,8 +30,8 @@ def ops() -> tuple[str, ...]:
     return tuple(sorted(_ops))
 
 
-def why_not(op: str, backend: str) -> str | None:
-    """Why a backend cannot serve an op on this machine; None if it can."""
+def why_not(op: str, backend: str, tensor: Tensor | None = None) -> str | None:
+    """Why a backend cannot serve an op for such a tensor, or on this machine at all; None if it can."""
     if op not in _ops:
         raise unknown_name("op", op, _ops)
     if backend not in BACKENDS:
@@ -36,11 +39,11 @@ def why_not(op: str, backend: str) -> str | None:
     if backend not in _ops[op]:
         return f"this version has no {backend} kernel for {op}"
     reason = _ops[op][backend]
-    return None if reason is None else reason()
+    return None if reason is None else reason(tensor)
 
 
-def resolve(op: str, backend: str = "auto") -> str:
-    """The name of the backend that serves a call.
+def resolve(op: str, backend: str = "auto", tensor: Tensor | None = None) -> str:
+    """The name of the backend that serves a call on tensors like the one given.
 
     Raises:
         BackendUnavailableError: an explicit backend cannot serve; the text says why.
@@ -53,7 +56,9 @@ def resolve(op: str, backend: str = "auto") -> str:
             _process_default = os.environ.get("FASTFUSE_BACKEND") or "auto"
         backend, mend = _process_default, "unset FASTFUSE_BACKEND"
     if backend == "auto":
-        return next(name for name in _ops[op] if why_not(op, name) is None)
-    if (reason := why_not(op, backend)) is not None:
+        if tensor is not None and tensor.device.type == "cpu":
+            return "reference"
+        return next(name for name in _ops[op] if why_not(op, name, tensor) is None)
+    if (reason := why_not(op, backend, tensor)) is not None:
         raise BackendUnavailableError(f"{op} cannot run on backend {backend!r}: {reason}; {mend}")
     return backend

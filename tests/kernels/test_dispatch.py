@@ -58,7 +58,7 @@ each_call = pytest.mark.parametrize(
 @pytest.fixture
 def unusable(monkeypatch):
     """Every op has a Triton kernel that cannot run here, preferred to the reference, and no CUDA kernel."""
-    registered = {op: {"triton": lambda: "there is no GPU", "reference": None} for op in _dispatch.ops()}
+    registered = {op: {"triton": lambda tensor: "there is no GPU", "reference": None} for op in _dispatch.ops()}
     monkeypatch.setattr(_dispatch, "_ops", registered)
     monkeypatch.setattr(_dispatch, "_process_default", "auto")
 
@@ -83,8 +83,10 @@ def test_auto_takes_the_first_usable(op, call, unusable):
     assert _dispatch.resolve(op, "auto") == "reference"
     assert call(backend="auto") is not None
     assert call(backend="reference") is not None
-    _dispatch.register(op, {"triton": lambda: None, "reference": None})
+    _dispatch.register(op, {"triton": lambda tensor: None, "reference": None})
     assert _dispatch.resolve(op) == "triton"
+    assert _dispatch.resolve(op, "auto", torch.ones(1)) == "reference", "tensors on a CPU take the reference"
+    assert _dispatch.resolve(op, "auto", torch.ones(1, device="meta")) == "triton"
 
 
 @each_call
@@ -110,7 +112,8 @@ def test_info_tells_the_same_reason(unusable):
 
 PROGRAM = """
 from fastfuse.kernels import _dispatch
-_dispatch.register("augment", {"cuda": lambda: "there is no GPU", "triton": lambda: None, "reference": None})
+absent = lambda tensor: "there is no GPU"
+_dispatch.register("augment", {"cuda": absent, "triton": lambda tensor: None, "reference": None})
 print(_dispatch.resolve("augment", "reference"), _dispatch.resolve("augment", "auto"))
 """
 

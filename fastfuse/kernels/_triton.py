@@ -1,0 +1,48 @@
+"""What the Triton kernels share: when they can run, and device helpers.
+
+Only `triton_kernels.py` files and their launchers import this module's device helpers; `why_not` needs no triton.
+"""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels on CPU tensors; slow, for tests."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def why_not(tensor: Tensor | None) -> str | None:
+    """Why Triton kernels cannot serve a tensor, or this machine at all; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if tensor is None:
+        usable = torch.cuda.is_available() or interpreting()
+        return None if usable else "this machine has no CUDA device (TRITON_INTERPRET=1 interprets the kernels)"
+    if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and interpreting()):
+        return f"its kernels run on CUDA tensors, this one is on {tensor.device}"
+    if tensor.is_floating_point() and tensor.dtype not in DTYPES:
+        return f"its kernels take float32, float16 and bfloat16, this tensor is {tensor.dtype}"
+    return None
+
+
+def map_strides(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """A map [B, C, H, W] or [B, H, W] as kernels address it: strides of sample, channel and position (N = H W).
+
+    Contiguous and channels-last tensors are taken as they are; only where height and width do not collapse into one
+    stride (a cropped view) a contiguous copy is made.
+
+    Returns:
+        The tensor and its three strides, in elements; the channel stride of an attention map is 0.
+    """
+    height_stride, width_stride = x.stride()[-2:]
+    if x.shape[-2] > 1 and x.shape[-1] > 1 and height_stride != x.shape[-1] * width_stride:
+        x = x.contiguous()
+        height_stride, width_stride = x.stride()[-2:]
+    position = width_stride if x.shape[-1] > 1 else height_stride
+    return x, x.stride(0), x.stride(1) if x.dim() == 4 else 0, position

@@ -1,0 +1,152 @@
+"""Compile every Triton kernel for GPUs that need not be there, as its launchers would.
+
+    python ahead_of_time.py [--targets 80 90 100] [--dtypes float32 bfloat16]
+
+A stand-in driver names a target; the launchers run on CPU tensors, and every launch is compiled with Triton's own
+specialisation instead of being run. Prints one JSON line per compiled kernel: op, kernel, target, dtype, warps,
+registers, spilled bytes, shared bytes, whether it uses wgmma; and one per op with what else its launchers called.
+Needs a process of its own: Triton decides at import whether it interprets.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from fastfuse.kernels import _dispatch, _library, _triton
+from tests.kernels.launch_cases import CASES
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+HARMLESS = re.compile(
+    r"aten\.(empty|empty_like|empty_strided|new_empty|view|_unsafe_view|expand|unbind|select|slice|alias|detach"
+    r"|as_strided|permute|transpose|t|unsqueeze|squeeze)\b|fastfuse\."
+)
+
+
+class Driver:
+    """As much of a GPU driver as compilation asks for."""
+
+    capability = 90
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the operators called under it."""
+
+    def __init__(self, names: set[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.names.add(str(function))
+        return function(*arguments, **(options or {}))
+
+
+def compile_instead_of_running(compiled: list) -> None:
+    """Every launch from now on is compiled for the driver's target and noted."""
+    run = JITFunction.run
+
+    def warm_up(self, *arguments, grid, warmup=False, **options):
+        found = run(self, *arguments, grid=grid, warmup=True, **options)
+        compiled.append((self.__name__, found.result() if hasattr(found, "result") else found))
+        return found
+
+    JITFunction.run = warm_up
+
+
+def watch_launchers(names: set[str]) -> None:
+    """Note what the launchers call besides their kernels."""
+    launcher_of = _library.launcher_of
+
+    def watched(where: str) -> Callable:
+        function = launcher_of(where)
+
+        def call(*arguments):
+            with Recorder(names):
+                return function(*arguments)
+
+        return call
+
+    _library.launcher_of = watched
+
+
+def resources(kernel) -> dict:
+    """Registers, spills and shared memory of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [str(CUOBJDUMP), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return {
+        "registers": numbers["REG"],
+        "spills": numbers["STACK"] + numbers["LOCAL"],
+        "shared": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        "wgmma": "wgmma" in kernel.asm["ptx"],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", type=int, nargs="+", default=[80, 90, 100])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    options = parser.parse_args()
+    stand_in = Driver()
+    driver.set_active(stand_in)
+    _triton.interpreting = lambda: True  # CPU tensors go to the launchers
+    compiled: list = []
+    compile_instead_of_running(compiled)
+    called: set[str] = set()
+    watch_launchers(called)
+    for op, cases in CASES.items():
+        if _dispatch.why_not(op, "triton", torch.empty(1)) is not None:
+            print(json.dumps({"op": op, "missing": _dispatch.why_not(op, "triton", torch.empty(1))}))
+            continue
+        seen = set()
+        for target in options.targets:
+            stand_in.__class__.capability = target
+            for name in options.dtypes:
+                for case in cases:
+                    compiled.clear()
+                    case(getattr(torch, name))
+                    for kernel, binary in compiled:
+                        key = (kernel, target, name, binary.hash)
+                        if key not in seen:
+                            seen.add(key)
+                            row = {"op": op, "kernel": kernel, "target": target, "dtype": name, **resources(binary)}
+                            print(json.dumps(row), flush=True)
+        others = sorted(name for name in called if not HARMLESS.search(name))
+        print(json.dumps({"op": op, "called": others}))
+        called.clear()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
