@@ -4,6 +4,8 @@
 #   make test                           the tests that take seconds
 #   make test-all                       those and the long ones (no GPU)
 #   make test-oldest                    the tests of `make test` on the oldest supported PyTorch
+#   make test-gpu                       the tests that need a GPU, in the interpreter at hand (PYTHON), installing nothing
+#   make gpu-check [OUT=DIR]            those, the sanitizer, and the short benchmark of the kernels
 #   make bench                          time one training step, quick form
 #   make lint                           ruff: rules and formatting
 #
@@ -29,7 +31,7 @@ except ImportError:
 endef
 export CHECK_PYTHON
 
-.PHONY: train test test-all test-oldest bench lint
+.PHONY: train test test-all test-oldest test-gpu gpu-check bench lint
 
 train: .venv/.installed
 	.venv/bin/fastfuse train --method ffsd --model resnet20 --students 2 --data digits --epochs $(EPOCHS) \
@@ -43,6 +45,13 @@ test-all: .venv/.installed-test
 
 test-oldest: .venv-oldest/.installed-test
 	.venv-oldest/bin/python -m pytest -m "not long and not gpu" -q $(ARGS)
+
+# A GPU machine comes with its own PyTorch: nothing is installed, the checkout is run as it lies.
+test-gpu:
+	"$(PYTHON)" -m pytest -p no:cacheprovider -m gpu -q $(ARGS)
+
+gpu-check:
+	FASTFUSE_COMMIT="$(COMMIT)" "$(PYTHON)" benchmarks/gpu_check.py $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 bench: .venv/.installed
 	.venv/bin/python benchmarks/run.py --suite step --quick $(ARGS)

@@ -62,11 +62,13 @@ def environment(device: torch.device) -> dict[str, Value]:
 def show(report: Report) -> None:
     """Print the table and one line for each ratio; warnings go to the standard error."""
     console = Console()
+    if not console.is_terminal:  # a file has no right edge
+        console = Console(width=220)
     named = {**report.settings, **report.environment}
     console.print(", ".join(f"{key} {value}" for key, value in named.items()), highlight=False, soft_wrap=True)
     table = Table()
     for heading in report.columns.values():
-        table.add_column(heading, justify="left" if heading == "provider" else "right")
+        table.add_column(heading, justify="left" if heading == "provider" else "right", no_wrap=True)
     for row in report.rows:
         table.add_row(*(_cell(row[key]) for key in report.columns))
     console.print(table)

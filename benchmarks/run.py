@@ -16,7 +16,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from fastfuse.errors import FastfuseError, InputError, unknown_name
 
-SUITES = {"step": "one training step, batch in memory: the published program against fastfuse"}
+SUITES = {
+    "step": "one training step, batch in memory: the published program against fastfuse",
+    "kernels": "every operator against eager and compiled reference",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, help="timed turns of each provider (5; 2 with --quick)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (auto: cuda where there is one)")
     parser.add_argument("--quick", action="store_true", help="does it run at all: small batch, few turns, no claim")
+    parser.add_argument("--part", help="i/n: the i-th of n parts of the suite kernels")
     parser.add_argument("--out", type=Path, help="directory for a JSON and a CSV file")
     return parser
 

@@ -11,8 +11,9 @@ from benchmarks.counting import count_step
 from benchmarks.published import PublishedFFSD
 from benchmarks.report import Report, Value, environment, ratios
 from benchmarks.timing import Timing, measure_in_turn
-from fastfuse.errors import InputError, NonFiniteLossError
+from fastfuse.errors import NonFiniteLossError
 from fastfuse.methods import Method, build_method
+from fastfuse.train.build import pick_device
 from fastfuse.train.optim import build_optimizers
 from fastfuse.train.step import TrainStep
 
@@ -47,7 +48,7 @@ def run(options: argparse.Namespace) -> Report:
         NonFiniteLossError: a provider diverged, so that its times mean nothing.
         AssertionError: from the same weights the providers do not compute the same loss; nothing is measured then.
     """
-    device = _device(options.device)
+    device = pick_device(options.device)
     steps = _providers(options.model, options.students, options.batch_size, device)
     _same_loss(steps)
     warmup = 0 if options.quick else WARMUP_CALLS[device.type]
@@ -69,15 +70,6 @@ def run(options: argparse.Namespace) -> Report:
     samples = {name: timing.samples_ms for name, timing in timings.items()}
     doubts = _doubts(timings, options.quick)
     return Report(stem, settings, environment(device), COLUMNS, rows, ratios(medians, "published"), samples, doubts)
-
-
-def _device(name: str) -> torch.device:
-    if name not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--device must be auto, cpu or cuda, not {name!r}")
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise InputError("--device cuda, but this PyTorch sees no CUDA device; use --device cpu")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
 def _providers(model: str, students: int, batch_size: int, device: torch.device) -> dict[str, Step]:

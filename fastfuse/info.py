@@ -1,5 +1,6 @@
 """What this installation is and can do: versions, commit, devices, and every op's backends."""
 
+import os
 import platform
 import subprocess
 from functools import cache
@@ -10,7 +11,9 @@ from typing import Any
 
 @cache
 def commit() -> str:
-    """The commit of the checkout that this package lies in, else the one it was built from, else "unknown"."""
+    """The commit: FASTFUSE_COMMIT, else that of the checkout, else the one it was built from, else "unknown"."""
+    if given := os.environ.get("FASTFUSE_COMMIT"):
+        return given
     package = Path(__file__).resolve().parent
     if (package.parent / ".git").exists():
         command = ["git", "-C", str(package.parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]

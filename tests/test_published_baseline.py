@@ -180,8 +180,8 @@ def test_ranges_that_overlap_are_told(other, overlap):
         pytest.param(["--suite", "step", "--model", "resnet33"], "resnet33", id="impossible-model"),
         pytest.param(["--suite", "step", "--students", "1"], "--students must be at least 2", id="too-few-students"),
         pytest.param(["--suite", "step", "--repeats", "many"], "invalid int value", id="not-a-number"),
-        pytest.param(["--suite", "step", "--device", "tpu"], "must be auto, cpu or cuda", id="unknown-device"),
-        pytest.param(["--suite", "step", "--device", "cuda"], "sees no CUDA device", id="cuda-where-there-is-none"),
+        pytest.param(["--suite", "step", "--device", "tpu"], "must be auto, cpu, cuda or cuda:N", id="unknown-device"),
+        pytest.param(["--suite", "step", "--device", "cuda"], "has 0 CUDA devices", id="cuda-where-there-is-none"),
         pytest.param(
             ["--suite", "step", "--out", "/dev/null/x"], "cannot write to /dev/null/x", id="unwritable-results"
         ),

@@ -1,0 +1,217 @@
+"""Suite "kernels": every operator, forward and backward, against eager and against torch.compile of its reference."""
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch._functorch import config as functorch_config
+
+from benchmarks.kernel_cases import KernelCase, cases
+from benchmarks.report import Report, Value, environment
+from benchmarks.timing import Timing, measure_in_turn
+from fastfuse.errors import InputError
+from fastfuse.kernels import _dispatch
+from fastfuse.testing import relative_l2
+from fastfuse.train.build import pick_device
+
+MODES = ("forward", "backward")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Against a float64 reference: bfloat16 outputs carry 2^-9 each, a wrong kernel is far above this.
+AGREEMENT = 3e-2
+# Copies of the inputs together exceed this, so that no call finds its inputs in the cache (an H200 has 50 MB of L2).
+ROTATED_BYTES = 256 * 2**20
+COLUMNS = {
+    "op": "op",
+    "shape": "shape",
+    "dtype": "dtype",
+    "mode": "mode",
+    "provider": "provider",
+    "median_us": "median us",
+    "p20_us": "p20",
+    "p80_us": "p80",
+    "gb_per_s": "GB/s",
+    "of_copy": "of copy",
+    "reference_ratio": "x reference",
+    "compile_ratio": "x compile",
+    "peak_mb": "peak MB",
+}
+
+
+def run(options: argparse.Namespace) -> Report:
+    """Measure all providers of every case in turn; `options` as parsed by `benchmarks/run.py`.
+
+    Raises:
+        InputError: no such device, or a part that does not exist.
+        AssertionError: a provider does not compute what the reference does; nothing more is measured then.
+    """
+    device = pick_device(options.device)
+    # A backward is timed many times over one forward.
+    functorch_config.donated_buffer = False
+    chosen = _part([case for case in cases() if case.quick or not options.quick], options.part)
+    copy_rate = _copy_rate(device, options.repeats)
+    rows: list[dict[str, Value]] = []
+    samples: dict[str, tuple[float, ...]] = {}
+    left_out: set[str] = set()
+    for case in chosen:
+        for name, dtype in DTYPES.items():
+            if options.quick and name == "float32" and device.type == "cuda":
+                continue
+            found, missing = _measure(case, name, dtype, device, options, copy_rate)
+            left_out |= missing
+            for row, timing in found:
+                rows.append(row)
+                key = "/".join(str(row[k]) for k in ("op", "shape", "dtype", "mode", "provider"))
+                samples[key] = timing.samples_ms
+    settings = {
+        "suite": "kernels",
+        "part": options.part or "1/1",
+        "repeats": options.repeats,
+        "quick": options.quick,
+        "copy_gb_per_s": round(copy_rate, 1),
+    }
+    stem = f"kernels_{settings['part'].replace('/', 'of')}{'_quick' if options.quick else ''}_{device.type}"
+    return Report(stem, settings, environment(device), COLUMNS, rows, {}, samples, sorted(left_out))
+
+
+def _part(chosen: list[KernelCase], part: str | None) -> list[KernelCase]:
+    if part is None:
+        return chosen
+    index, _, count = part.partition("/")
+    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+        raise InputError(f"--part must be i/n with 1 <= i <= n, not {part!r}")
+    return chosen[int(index) - 1 :: int(count)]
+
+
+def _measure(
+    case: KernelCase, name: str, dtype: torch.dtype, device: torch.device, options: argparse.Namespace, copy_rate: float
+) -> tuple[list[tuple[dict[str, Value], Timing]], set[str]]:
+    providers = {"reference": lambda t: case.call(t, "reference")}
+    # Compiled once per case: its own recompilations would otherwise end in eager code after eight shapes.
+    torch._dynamo.reset()
+    providers["compile"] = torch.compile(lambda t: case.call(t, "reference"), dynamic=False)
+    missing: set[str] = set()
+    for backend in ("triton", "cuda"):
+        reason = _dispatch.why_not(case.op, backend, torch.empty(1, device=device, dtype=dtype))
+        if reason is None:
+            providers[f"fastfuse {backend}"] = lambda t, b=backend: case.call(t, b)
+        else:
+            missing.add(f"{case.op} left out on backend {backend}: {reason}")
+    tensors = case.make(device, dtype)
+    _agree(case, providers, tensors)
+    copies = [tensors]
+    if device.type == "cuda":
+        needed = ROTATED_BYTES / max(sum(x.nbytes for x in tensors), 1)
+        copies += [case.make(device, dtype) for _ in range(min(math.ceil(needed), 64) - 1)]
+    found = []
+    for mode in MODES:
+        if mode == "backward" and not any(x.requires_grad for x in tensors):
+            continue
+        calls = {p: _call(function, copies, mode, device) for p, function in providers.items()}
+        peaks = {p: _peak(call, device) for p, call in calls.items()}
+        timings = measure_in_turn(calls, repeats=options.repeats, calls=1, warmup=1, device=device)
+        medians = {p: timing.median / len(copies) for p, timing in timings.items()}
+        moved = _bytes(case, tensors, mode)
+        for provider, timing in timings.items():
+            rate = moved / medians[provider] / 1e6
+            row: dict[str, Value] = {
+                "op": case.op,
+                "shape": case.shape,
+                "dtype": name,
+                "mode": mode,
+                "provider": provider,
+                "median_us": medians[provider] * 1e3,
+                "p20_us": timing.quantile(0.2) / len(copies) * 1e3,
+                "p80_us": timing.quantile(0.8) / len(copies) * 1e3,
+                "gb_per_s": rate,
+                "of_copy": rate / copy_rate,
+                "reference_ratio": medians["reference"] / medians[provider],
+                "compile_ratio": medians["compile"] / medians[provider],
+                "peak_mb": peaks[provider],
+                "bytes": moved,
+            }
+            found.append((row, timing))
+    return found, missing
+
+
+def _forward_backward(function: Callable, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    outputs = function(list(tensors))
+    outputs = [outputs] if isinstance(outputs, Tensor) else [x for x in outputs if x is not None]
+    wanted, sources = [x for x in outputs if x.requires_grad], [x for x in tensors if x.requires_grad]
+    if not wanted or not sources:
+        return outputs, []
+    gradients = torch.autograd.grad(wanted, sources, [torch.ones_like(x) for x in wanted], allow_unused=True)
+    return outputs, [g for g in gradients if g is not None]
+
+
+def _agree(case: KernelCase, providers: dict[str, Callable], tensors: list[Tensor]) -> None:
+    """No speed of a wrong answer: outputs and gradients of all providers against the reference's in eager."""
+    wanted, gradients = _forward_backward(providers["reference"], tensors)
+    for name, function in providers.items():
+        ours, own = _forward_backward(function, tensors)
+        for a, b in zip([*ours, *own], [*wanted, *gradients], strict=True):
+            if (error := relative_l2(a, b)) > AGREEMENT:
+                raise AssertionError(f"{case.op} {case.shape}: {name} differs from the reference by {error:.1e}")
+
+
+def _call(function: Callable, copies: list[list[Tensor]], mode: str, device: torch.device) -> Callable[[], object]:
+    """One pass over all copies of the inputs; a captured graph on a GPU, so that launch gaps do not count."""
+    if mode == "forward":
+
+        def once() -> None:
+            with torch.no_grad():
+                for tensors in copies:
+                    function(tensors)
+
+    else:
+        prepared = [_prepared(function, tensors) for tensors in copies]
+
+        def once() -> None:
+            for wanted, sources, cotangents in prepared:
+                torch.autograd.grad(wanted, sources, cotangents, retain_graph=True, allow_unused=True)
+
+    if device.type != "cuda":
+        return once
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        once()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        once()
+    return graph.replay
+
+
+def _prepared(function: Callable, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    outputs = function(tensors)
+    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+    wanted = [x for x in outputs if x is not None and x.requires_grad]
+    return wanted, [x for x in tensors if x.requires_grad], [torch.randn_like(x) for x in wanted]
+
+
+def _bytes(case: KernelCase, tensors: list[Tensor], mode: str) -> int:
+    """The least that must move: every input read once, every output written once; backward adds the gradients."""
+    with torch.no_grad():
+        outputs = case.call(tensors, "reference")
+    outputs = [outputs] if isinstance(outputs, Tensor) else [x for x in outputs if x is not None]
+    moved = sum(x.nbytes for x in tensors) + sum(x.nbytes for x in outputs)
+    return moved + (sum(x.nbytes for x in tensors if x.requires_grad) if mode == "backward" else 0)
+
+
+def _peak(call: Callable[[], object], device: torch.device) -> Value:
+    if device.type != "cuda":
+        return "-"
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) / 2**20
+
+
+def _copy_rate(device: torch.device, repeats: int) -> float:
+    """Measured copy bandwidth in GB/s, bytes read plus bytes written."""
+    source = torch.randn(2**28 if device.type == "cuda" else 2**24, device=device)
+    target = torch.empty_like(source)
+    timing = measure_in_turn({"copy": lambda: target.copy_(source)}, repeats=repeats, calls=5, warmup=2, device=device)
+    return 2 * source.nbytes / timing["copy"].median / 1e6

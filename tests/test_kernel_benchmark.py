@@ -1,0 +1,53 @@
+import json
+
+import pytest
+import torch
+
+from benchmarks import kernels, run
+from benchmarks.kernel_cases import cases
+
+
+def test_every_op_has_a_cifar_and_an_imagenet_case_in_the_short_list():
+    short = {(case.op, case.shape.split()[0]) for case in cases() if case.quick}
+    assert short == {(op, network) for op in {case.op for case in cases()} for network in ("cifar", "imagenet")}
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b", "1/0"])
+def test_a_part_that_does_not_exist_is_refused(part, capsys):
+    assert run.main(["--suite", "kernels", "--device", "cpu", "--part", part]) == 2
+    assert "--part must be i/n" in capsys.readouterr().err
+
+
+def test_parts_cover_the_grid_once():
+    chosen = cases(batch=2)
+    parts = [kernels._part(chosen, f"{i}/7") for i in range(1, 8)]
+    assert sorted(id(case) for part in parts for case in part) == sorted(map(id, chosen))
+
+
+@pytest.fixture
+def one_small_case(monkeypatch):
+    (case,) = [c for c in cases(batch=2) if c.op == "feature_mse" and c.shape == "cifar deepest S=2 channels_last"]
+    monkeypatch.setattr(kernels, "cases", lambda: [case])
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    return case
+
+
+def test_the_suite_measures_and_saves_every_provider(one_small_case, tmp_path, capsys):
+    assert run.main(["--suite", "kernels", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    saved = json.loads((tmp_path / "kernels_1of1_quick_cpu.json").read_text())
+    found = {(row["dtype"], row["mode"], row["provider"]) for row in saved["rows"]}
+    providers = {row["provider"] for row in saved["rows"]}
+    assert {"reference", "compile"} <= providers
+    assert found == {(d, m, p) for d in ("float32", "bfloat16") for m in ("forward", "backward") for p in providers}
+    maps = 3 * 2 * 64 * 8 * 8
+    bytes_moved = {(row["dtype"], row["mode"]): row["bytes"] for row in saved["rows"]}
+    assert bytes_moved[("float32", "forward")] == 4 * maps + 4
+    assert bytes_moved[("float32", "backward")] == 4 * maps + 4 + 4 * maps * 2 // 3
+    assert all(row["gb_per_s"] > 0 for row in saved["rows"])
+    assert "left out on backend cuda" in capsys.readouterr().err
+
+
+def test_no_speed_of_a_wrong_answer(one_small_case, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda tensors: function(tensors) * 1.1)
+    with pytest.raises(AssertionError, match="compile differs from the reference"):
+        run.main(["--suite", "kernels", "--quick", "--device", "cpu"])
