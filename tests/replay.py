@@ -1,14 +1,20 @@
 """Replay a recording of a published algorithm through the trainer's own method and optimizers.
 
-    python tests/replay.py NPZ JSON
+    python tests/replay.py NPZ JSON [--backend triton [--steps N]]
 
 Everything is taken from the recording's `config` and arrays. Prints the largest error of every term and of the final
 tensors, and exits 1 if any lies above its bound. Measure (float64): terms |ours - recorded| <= 1e-9 |recorded|, a
 recorded 0 exactly 0; final state, per tensor: |norm - recorded| <= 1e-9 recorded norm and
 |sum - recorded| <= 1e-9 sqrt(elements) recorded norm.
+
+With --backend the recording is replayed in float64, and every step is also computed in float32 from the float64 run's
+state, by the references and by that backend: each term and each parameter's gradient must lie within the error budget
+(twice the references' own error against float64, plus one rounding). Later steps of a free float32 run are not
+compared: training amplifies rounding.
 """
 
 import argparse
+import copy
 import json
 import sys
 from collections import defaultdict
@@ -23,7 +29,9 @@ from torch import Tensor, nn
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from fastfuse.kernels import _dispatch
 from fastfuse.methods import Method, build_method
+from fastfuse.testing import relative_l2
 from fastfuse.train.optim import build_optimizers
 from fastfuse.train.step import TrainStep
 
@@ -182,12 +190,56 @@ def replay(npz: Path, values: Path) -> tuple[dict[str, float], dict[str, float]]
     return dict(largest), state_errors(networks, recording.final_state)
 
 
+def step_in_float32(
+    exact: Method, batch: tuple[Tensor, Tensor], progress: Tensor, backend: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Terms and gradients of one forward and backward in float32 from the state of the float64 method."""
+    method = copy.deepcopy(exact).float()
+    before, _dispatch._process_default = _dispatch._process_default, backend
+    try:
+        output = method(batch[0].float(), batch[1], progress.float())
+    finally:
+        _dispatch._process_default = before
+    output.loss.backward()
+    return dict(output.terms), {name: p.grad for name, p in method.named_parameters()}
+
+
+def replay_stepwise(npz: Path, values: Path, backend: str, steps: int | None = None) -> dict[str, tuple[float, float]]:
+    """Largest share of its budget that each term and gradient uses, with the error there."""
+    recording = Recording(npz, values)
+    method, _, settings = build(recording)
+    step = TrainStep(method, build_optimizers(method, **settings))
+    first_epoch = 1 if recording.config["method"] == "ffsd" else 0
+    used: dict[str, tuple[float, float]] = {}
+    for recorded in recording.steps[:steps]:
+        progress = torch.tensor(float(recorded["epoch"] - first_epoch), dtype=torch.float64)
+        batch = recording.batch(recorded["batch"])
+        ours, eager = (step_in_float32(method, batch, progress, name) for name in (backend, "reference"))
+        exact = step(*batch, progress)
+        truth = (exact.terms, {name: p.grad for name, p in method.named_parameters()})
+        for a, e, t in zip(ours, eager, truth, strict=True):
+            for name in t:
+                error = relative_l2(a[name], t[name])
+                budget = 2 * (relative_l2(e[name], t[name]) + torch.finfo(torch.float32).eps)
+                used[name] = max(used.get(name, (0.0, 0.0)), (error / budget, error))
+    return used
+
+
 def main() -> int:
     """Print the errors; 1 if any is above its bound."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("npz", type=Path)
     parser.add_argument("json", type=Path)
+    parser.add_argument("--backend", help="compare this backend's float32 steps with the references'")
+    parser.add_argument("--steps", type=int, help="with --backend: only the first steps")
     arguments = parser.parse_args()
+    if arguments.backend:
+        used = replay_stepwise(arguments.npz, arguments.json, arguments.backend, arguments.steps)
+        for name, (share, error) in sorted(used.items(), key=lambda item: item[1]):
+            print(f"{share:6.2f} of the budget, error {error:.2e}  {name}")
+        passed = max(used.values())[0] <= 1
+        print("passed" if passed else "FAILED")
+        return 0 if passed else 1
     terms, state = replay(arguments.npz, arguments.json)
     for name, error in sorted(terms.items()):
         print(f"term   {error:9.2e}  {name}")

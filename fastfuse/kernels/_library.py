@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastfuse.kernels import _triton
 
@@ -36,7 +37,12 @@ def define(
     """
 
     def launch(*arguments: Any) -> Any:
-        return launcher_of(launcher)(*arguments)
+        first = next(x for a in arguments for x in (a if isinstance(a, list | tuple) else [a]) if isinstance(x, Tensor))
+        if not first.is_cuda:
+            return launcher_of(launcher)(*arguments)
+        # Triton launches on the current device, which need not be that of the tensors.
+        with torch.cuda.device(first.device):
+            return launcher_of(launcher)(*arguments)
 
     def on_cpu(*arguments: Any) -> Any:
         return launch(*arguments) if _triton.interpreting() else closed_form(*arguments)

@@ -12,6 +12,17 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+def _installed() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):  # an import hook or an entry of sys.modules forbids it
+        return False
+
+
+# Looked up once, here: a look-up inside why_not could not be traced by torch.compile of torch 2.11.
+_INSTALLED = _installed()
+
+
 def interpreting() -> bool:
     """Whether Triton's interpreter runs the kernels on CPU tensors; slow, for tests."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -19,7 +30,7 @@ def interpreting() -> bool:
 
 def why_not(tensor: Tensor | None) -> str | None:
     """Why Triton kernels cannot serve a tensor, or this machine at all; None if they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _INSTALLED:
         return "triton is not installed"
     if tensor is None:
         usable = torch.cuda.is_available() or interpreting()

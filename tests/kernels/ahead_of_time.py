@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs that need not be there, as its launchers would.
 
-    python ahead_of_time.py [--targets 80 90 100] [--dtypes float32 bfloat16]
+    python ahead_of_time.py [--targets 80 90 100] [--dtypes float32 bfloat16] [--table]
 
 A stand-in driver names a target; the launchers run on CPU tensors, and every launch is compiled with Triton's own
 specialisation instead of being run. Prints one JSON line per compiled kernel: op, kernel, target, dtype, warps,
@@ -30,8 +30,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks.kernel_cases import KernelCase, cases
 from fastfuse.kernels import _dispatch, _library, _triton
-from tests.kernels.launch_cases import CASES
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 HARMLESS = re.compile(
@@ -113,11 +113,39 @@ def resources(kernel) -> dict:
     }
 
 
+def forward_backward(case: KernelCase, dtype: torch.dtype) -> None:
+    """Run a case through its Triton launchers."""
+    outputs = case.call(case.make(torch.device("cpu"), dtype), "triton")
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+    wanted = [x for x in outputs if x.requires_grad]
+    if wanted:
+        torch.autograd.backward(wanted, [torch.ones_like(x) for x in wanted])
+
+
+def print_table(rows: list[dict]) -> None:
+    """The largest registers and shared memory of every kernel over its shapes, as Markdown."""
+    targets = sorted({row["target"] for row in rows})
+    heads = [f"sm_{t} registers | sm_{t} shared bytes" for t in targets]
+    print("| kernel | dtype | warps | " + " | ".join(heads) + " |")
+    print("| --- " * (3 + 2 * len(targets)) + "|")
+    for kernel, dtype in dict.fromkeys((row["kernel"], row["dtype"]) for row in rows):
+        own = [row for row in rows if (row["kernel"], row["dtype"]) == (kernel, dtype)]
+        warps = "/".join(map(str, sorted({row["warps"] for row in own})))
+        cells = [
+            str(max((row[what] for row in own if row["target"] == t), default="-"))
+            for t in targets
+            for what in ("registers", "shared")
+        ]
+        print(f"| `{kernel}` | {dtype} | {warps} | " + " | ".join(cells) + " |")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--table", action="store_true", help="print a table in place of the lines")
     options = parser.parse_args()
+    rows: list[dict] = []
     stand_in = Driver()
     driver.set_active(stand_in)
     _triton.interpreting = lambda: True  # CPU tensors go to the launchers
@@ -125,7 +153,11 @@ def main() -> int:
     compile_instead_of_running(compiled)
     called: set[str] = set()
     watch_launchers(called)
-    for op, cases in CASES.items():
+    # The kind of launch does not depend on the batch.
+    by_op: dict[str, list[KernelCase]] = {}
+    for case in cases(batch=2):
+        by_op.setdefault(case.op, []).append(case)
+    for op, own in by_op.items():
         if _dispatch.why_not(op, "triton", torch.empty(1)) is not None:
             print(json.dumps({"op": op, "missing": _dispatch.why_not(op, "triton", torch.empty(1))}))
             continue
@@ -133,18 +165,23 @@ def main() -> int:
         for target in options.targets:
             stand_in.__class__.capability = target
             for name in options.dtypes:
-                for case in cases:
+                for case in own:
                     compiled.clear()
-                    case(getattr(torch, name))
+                    forward_backward(case, getattr(torch, name))
                     for kernel, binary in compiled:
                         key = (kernel, target, name, binary.hash)
                         if key not in seen:
                             seen.add(key)
                             row = {"op": op, "kernel": kernel, "target": target, "dtype": name, **resources(binary)}
-                            print(json.dumps(row), flush=True)
+                            rows.append(row)
+                            if not options.table:
+                                print(json.dumps(row), flush=True)
         others = sorted(name for name in called if not HARMLESS.search(name))
-        print(json.dumps({"op": op, "called": others}))
+        if not options.table:
+            print(json.dumps({"op": op, "called": others}))
         called.clear()
+    if options.table:
+        print_table(rows)
     return 0
 
 

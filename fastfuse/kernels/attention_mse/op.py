@@ -1,4 +1,4 @@
-"""Public form of attention_mse and attention_map."""
+"""Public form of attention_mse and attention_map, and which pairs share a launch."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,14 @@ import torch
 from torch import Tensor
 
 from fastfuse.errors import InputError
-from fastfuse.kernels import _dispatch, _numerics
+from fastfuse.kernels import _dispatch, _numerics, _triton
 from fastfuse.kernels.attention_mse import reference
+from fastfuse.kernels.attention_mse.autograd import AttentionMap, AttentionMse
 
-_dispatch.register("attention_mse", {"reference": None})
+_dispatch.register("attention_mse", {"triton": _triton.why_not, "reference": None})
+
+# Addresses and strides travel as kernel parameters, of which there may be 4 KiB: about 60 bytes a map.
+MAX_PAIRS = 32
 
 
 def attention_map(features: Tensor | Sequence[Tensor], *, backend: str = "auto") -> Tensor:
@@ -29,8 +33,9 @@ def attention_map(features: Tensor | Sequence[Tensor], *, backend: str = "auto")
     for s, feature in enumerate(features):
         _numerics.check_floating(f"features[{s}]", feature, (4,))
         _check_grid(f"features[{s}]", feature, "features[0]", features[0])
-    _dispatch.resolve("attention_mse", backend)
-    return reference.attention_map(features)
+    if {_dispatch.resolve("attention_mse", backend, x) for x in features} != {"triton"}:
+        return reference.attention_map(features)
+    return AttentionMap.apply(*(_triton.map_strides(x)[0] for x in features))
 
 
 def attention_mse(
@@ -57,6 +62,7 @@ def attention_mse(
 
     Raises:
         InputError, TypeError: pairs that differ in batch, height, width or device; wrong dtype or dimensions.
+        BackendUnavailableError: the backend asked for cannot serve these maps.
     """
     single = isinstance(inputs, Tensor)
     pairs = _numerics.as_pairs(inputs, targets)
@@ -66,9 +72,39 @@ def attention_mse(
         _numerics.check_floating(f"targets[{i}]", y, (3, 4))
         _check_grid(f"targets[{i}]", y, f"inputs[{i}]", x)
     _numerics.check_stackable(pairs, reduction)
-    _dispatch.resolve("attention_mse", backend)
-    losses = [reference.attention_mse(x, y, reduction) for x, y in pairs]
-    return losses[0] if single else torch.stack(losses)
+    if {_dispatch.resolve("attention_mse", backend, x) for pair in pairs for x in pair} != {"triton"}:
+        losses = [reference.attention_mse(x, y, reduction) for x, y in pairs]
+        return losses[0] if single else torch.stack(losses)
+    losses = _launches(pairs, reduction)
+    return losses.view(losses.shape[1:]) if single else losses
+
+
+def _launches(pairs: Sequence[tuple[Tensor, Tensor]], reduction: str) -> Tensor:
+    groups = _groups(pairs)
+    rows: list[Tensor | None] = [None] * len(pairs)
+    for members in groups:
+        maps = [_triton.map_strides(pairs[i][side])[0] for side in (0, 1) for i in members]
+        losses = AttentionMse.apply(reduction, *maps)
+        if len(groups) == 1:
+            return losses
+        for i, row in zip(members, losses.unbind(0), strict=True):
+            rows[i] = row
+    return torch.stack(rows)
+
+
+def _groups(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[list[int]]:
+    """Pairs that share a launch: on each side the feature maps have one dtype, and so have the ready maps."""
+    groups: list[tuple[dict[tuple[int, int], torch.dtype], list[int]]] = []
+    for i, pair in enumerate(pairs):
+        kinds = {(side, x.dim()): x.dtype for side, x in enumerate(pair)}
+        for dtypes, members in groups:
+            if len(members) < MAX_PAIRS and all(dtypes.get(kind, dtype) == dtype for kind, dtype in kinds.items()):
+                dtypes.update(kinds)
+                members.append(i)
+                break
+        else:
+            groups.append((kinds, [i]))
+    return [members for _, members in groups]
 
 
 def _check_grid(name: str, x: Tensor, other_name: str, other: Tensor) -> None:

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from fastfuse.errors import InputError
-from fastfuse.kernels import _dispatch
+from fastfuse.kernels import _dispatch, _library, _triton
 from fastfuse.kernels.augment import reference
 
-_dispatch.register("augment", {"reference": None})
+_dispatch.register("augment", {"triton": _triton.why_not, "reference": None})
 
 
 def augment(
@@ -39,7 +39,7 @@ def augment(
         padding: pixels added on each side, 0 <= padding < min(H, W).
         dtype: floating type of the result; the arithmetic is done in at least float32.
         memory_format: `torch.contiguous_format` or `torch.channels_last` (no extra copy).
-        backend: `auto` or `reference`.
+        backend: "auto", "reference", "triton" or "cuda".
 
     Returns:
         Tensor [B, C, H, W] of `dtype` in `memory_format`. Not differentiable.
@@ -48,7 +48,7 @@ def augment(
         InputError: a shape, type, device or padding that does not fit.
         BackendUnavailableError: the backend asked for cannot serve here.
     """
-    _dispatch.resolve("augment", backend)
+    backend = _dispatch.resolve("augment", backend, images)
     _check_images(images, mean, std, dtype, memory_format)
     _check("indices", indices, torch.int64, ("B",), images.device)
     _check("offsets", offsets, torch.int64, (indices.shape[0], 2), images.device)
@@ -58,6 +58,11 @@ def augment(
         raise InputError(
             f"padding must be at least 0 and smaller than both sides of the {height}x{width} images "
             f"(a reflection shows each pixel once), got {padding}"
+        )
+    if backend == "triton":
+        channels_last = memory_format == torch.channels_last
+        return torch.ops.fastfuse.augment_fwd(
+            images, indices, offsets, flips, mean.detach(), std.detach(), padding, dtype, channels_last
         )
     return reference.augment(
         images,
@@ -112,3 +117,49 @@ def _check(name: str, tensor: Tensor, dtype: torch.dtype, sizes: tuple[int | str
             f"{name} must be {dtype} [{expected}] on {device}, "
             f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
         )
+
+
+def _memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _on_cpu(
+    images: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    flips: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    padding: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    form = {"dtype": dtype, "memory_format": _memory_format(channels_last)}
+    found = reference.augment(images, indices, offsets, flips, mean=mean, std=std, padding=padding, **form)
+    return found.contiguous(memory_format=_memory_format(channels_last))
+
+
+def _empty(
+    images: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    flips: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    padding: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    height, width, channels = images.shape[1:]
+    shape = (indices.shape[0], channels, height, width)
+    return torch.empty(shape, dtype=dtype, device=images.device, memory_format=_memory_format(channels_last))
+
+
+_library.define(
+    "augment_fwd",
+    "(Tensor images, Tensor indices, Tensor offsets, Tensor flips, Tensor mean, Tensor std, int padding, "
+    "ScalarType dtype, bool channels_last) -> Tensor",
+    fake=_empty,
+    closed_form=_on_cpu,
+    launcher="fastfuse.kernels.augment.triton_kernels:forward",
+)

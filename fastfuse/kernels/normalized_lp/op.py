@@ -6,10 +6,14 @@ import torch
 from torch import Tensor
 
 from fastfuse.errors import InputError
-from fastfuse.kernels import _dispatch, _numerics
-from fastfuse.kernels.normalized_lp import reference
+from fastfuse.kernels import _dispatch, _numerics, _triton
+from fastfuse.kernels.normalized_lp import layout, reference
+from fastfuse.kernels.normalized_lp.autograd import NormalizedLp
 
-_dispatch.register("normalized_lp", {"reference": None})
+_dispatch.register("normalized_lp", {"triton": _triton.why_not, "reference": None})
+
+# Addresses and strides travel as kernel parameters, of which there may be 4 KiB: about 100 bytes a pair.
+MAX_PAIRS = 32
 
 
 def normalized_lp(
@@ -38,6 +42,7 @@ def normalized_lp(
 
     Raises:
         InputError, TypeError: pairs of different shape or device, wrong dtype, p that is neither 1 nor 2.
+        BackendUnavailableError: the backend asked for cannot serve these maps.
     """
     single = isinstance(inputs, Tensor)
     pairs = _numerics.as_pairs(inputs, targets)
@@ -51,6 +56,25 @@ def normalized_lp(
         if x.shape != y.shape:
             raise InputError(f"targets[{i}] {list(y.shape)} must have the shape of inputs[{i}] {list(x.shape)}")
     _numerics.check_stackable(pairs, reduction)
-    _dispatch.resolve("normalized_lp", backend)
-    losses = [reference.normalized_lp(x, y, p, reduction) for x, y in pairs]
-    return losses[0] if single else torch.stack(losses)
+    if {_dispatch.resolve("normalized_lp", backend, x) for pair in pairs for x in pair} != {"triton"}:
+        losses = [reference.normalized_lp(x, y, p, reduction) for x, y in pairs]
+        return losses[0] if single else torch.stack(losses)
+    losses = _launches(pairs, p, reduction)
+    return losses.view(losses.shape[1:]) if single else losses
+
+
+def _launches(pairs: Sequence[tuple[Tensor, Tensor]], p: int, reduction: str) -> Tensor:
+    """Pairs of the same dtypes share their launches."""
+    groups: dict[tuple[torch.dtype, torch.dtype, int], list[int]] = {}
+    for i, (x, y) in enumerate(pairs):
+        groups.setdefault((x.dtype, y.dtype, i // MAX_PAIRS), []).append(i)
+    rows: list[Tensor | None] = [None] * len(pairs)
+    for members in groups.values():
+        losses = NormalizedLp.apply(
+            p, reduction, *(layout.addressable(pairs[i][side]) for side in (0, 1) for i in members)
+        )
+        if len(groups) == 1:
+            return losses
+        for i, row in zip(members, losses.unbind(0), strict=True):
+            rows[i] = row
+    return torch.stack(rows)
