@@ -1,14 +1,27 @@
 """Public form of diversity_loss and diversity_target."""
 
+import torch
 from torch import Tensor
 
 from fastfuse.errors import InputError
-from fastfuse.kernels import _dispatch, _numerics
+from fastfuse.kernels import _dispatch, _numerics, _triton
 from fastfuse.kernels.diversity_target import reference
-
-_dispatch.register("diversity_target", {"reference": None})
+from fastfuse.kernels.diversity_target.autograd import DiversityLossFunction
 
 MODES = ("published", "normalized")
+MAX_POSITIONS = 1024
+
+
+def _why_not_triton(tensor: Tensor | None) -> str | None:
+    reason = _triton.why_not(tensor)
+    if reason is None and tensor is not None and tensor.dim() > 2:
+        positions = tensor.shape[-1] * tensor.shape[-2]
+        if positions > MAX_POSITIONS:
+            reason = f"its kernels sort a map of at most {MAX_POSITIONS} positions, this one has {positions}"
+    return reason
+
+
+_dispatch.register("diversity_target", {"triton": _why_not_triton, "reference": None})
 
 
 def diversity_loss(
@@ -39,8 +52,9 @@ def diversity_loss(
     _numerics.check_same_device("x", x, y=y)
     if (x.shape[0], *x.shape[-2:]) != (y.shape[0], *y.shape[-2:]):
         raise InputError(f"x {list(x.shape)} and y {list(y.shape)} must agree in batch, height and width")
-    _dispatch.resolve("diversity_target", backend)
-    return reference.diversity_loss(x, y.detach(), mode, reduction)
+    if "reference" in {_dispatch.resolve("diversity_target", backend, tensor) for tensor in (x, y)}:
+        return reference.diversity_loss(x, y.detach(), mode, reduction)
+    return DiversityLossFunction.apply(x, y.detach(), mode, reduction)
 
 
 def diversity_target(y: Tensor, *, mode: str = "published", backend: str = "auto") -> Tensor:
@@ -60,8 +74,9 @@ def diversity_target(y: Tensor, *, mode: str = "published", backend: str = "auto
         InputError, TypeError: wrong dtype or dimensions, H W < 3, an unknown mode.
     """
     _check_reference(y, mode, (4,))
-    _dispatch.resolve("diversity_target", backend)
-    return reference.diversity_target(y.detach(), mode)
+    if _dispatch.resolve("diversity_target", backend, y) == "reference":
+        return reference.diversity_target(y.detach(), mode)
+    return torch.ops.fastfuse.diversity_target_fwd(y.detach(), mode)
 
 
 def _check_reference(y: Tensor, mode: str, dims: tuple[int, ...]) -> None:

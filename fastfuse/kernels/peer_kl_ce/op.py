@@ -1,5 +1,6 @@
 """Public form of peer_kl_ce."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -7,10 +8,11 @@ import torch
 from torch import Tensor
 
 from fastfuse.errors import InputError
-from fastfuse.kernels import _dispatch, _numerics
+from fastfuse.kernels import _dispatch, _numerics, _triton
 from fastfuse.kernels.peer_kl_ce import reference
+from fastfuse.kernels.peer_kl_ce.autograd import Options, PeerKlCeFunction, PeerKlFunction
 
-_dispatch.register("peer_kl_ce", {"reference": None})
+_dispatch.register("peer_kl_ce", {"triton": _triton.why_not, "reference": None})
 
 ENSEMBLE = -1
 
@@ -65,8 +67,20 @@ def peer_kl_ce(
         raise InputError(f"teachers must name the teachers of each of {len(rows)} heads, {len(resolved)} given")
     if not ensemble or any(i not in heads for i in ensemble):
         raise InputError(f"ensemble must hold heads 0..{len(rows) - 1}, not {ensemble}")
-    _dispatch.resolve("peer_kl_ce", backend)
-    return PeerKlCe(*reference.peer_kl_ce(rows, labels, temperature, resolved, ensemble, target_epsilon))
+    rows = _of_one_dtype(rows)
+    if _dispatch.resolve("peer_kl_ce", backend, rows[0]) == "reference":
+        return PeerKlCe(*reference.peer_kl_ce(rows, labels, temperature, resolved, ensemble, target_epsilon))
+    flat = tuple(j for own in resolved for j in own)
+    taught_by_ensemble = len(rows) in flat
+    options = Options(
+        float(temperature),
+        flat,
+        tuple(len(own) for own in resolved),
+        tuple(ensemble) if taught_by_ensemble else (),
+        float(target_epsilon),
+        "mean",
+    )
+    return PeerKlCe(*PeerKlCeFunction.apply(options, labels, *rows))
 
 
 def peer_kl(
@@ -97,8 +111,17 @@ def peer_kl(
         raise InputError("peers must hold at least one peer's logits")
     _check_rows({"prediction": prediction, **{f"peers[{j}]": peer for j, peer in enumerate(peers)}}, temperature)
     _numerics.check_reduction(reduction)
-    _dispatch.resolve("peer_kl_ce", backend)
-    return _numerics.reduce(reference.peer_kl(prediction, peers, temperature), reduction)
+    prediction, *peers = _of_one_dtype([prediction, *peers])
+    if _dispatch.resolve("peer_kl_ce", backend, prediction) == "reference":
+        return _numerics.reduce(reference.peer_kl(prediction, peers, temperature), reduction)
+    options = Options(float(temperature), tuple(range(1, len(peers) + 1)), (len(peers),), (), 0.0, reduction)
+    return PeerKlFunction.apply(options, prediction, *[peer.detach() for peer in peers])
+
+
+def _of_one_dtype(rows: list[Tensor]) -> list[Tensor]:
+    """Rows of mixed dtype in the one that holds them all: the pointers of a kernel's table have one type."""
+    common = functools.reduce(torch.promote_types, [row.dtype for row in rows])
+    return [row.to(common) for row in rows]
 
 
 def _teacher(head: int, teacher: int, heads: int) -> int:
