@@ -3,15 +3,16 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastfuse.errors import InputError
-from fastfuse.kernels import _dispatch, _numerics
+from fastfuse.kernels import _dispatch, _numerics, _triton
 from fastfuse.kernels._numerics import BatchNorm
-from fastfuse.kernels.concat_fuse import reference
+from fastfuse.kernels.concat_fuse import autograd, reference
 
-_dispatch.register("concat_conv1x1", {"reference": None})
-_dispatch.register("concat_fuse", {"reference": None})
+_dispatch.register("concat_conv1x1", {"triton": _triton.why_not, "reference": None})
+_dispatch.register("concat_fuse", {"triton": _triton.why_not, "reference": None})
 
 
 class ConcatFuse(NamedTuple):
@@ -35,12 +36,17 @@ def concat_conv1x1(features: Sequence[Tensor], weight: Tensor, *, backend: str =
 
     Returns:
         [B, C_out, H, W].
+
+    Raises:
+        InputError, TypeError: maps of different batch, size, dtype or device, or a weight of another shape or dtype.
+        BackendUnavailableError: the backend asked for cannot serve here.
     """
     features = list(features)
     total = _check_features(features)
     _check_weight("weight", weight, (weight.shape[0], total, 1, 1))
-    _dispatch.resolve("concat_conv1x1", backend)
-    return reference.concat_conv1x1(features, weight)
+    if _dispatch.resolve("concat_conv1x1", backend, features[0]) == "reference":
+        return reference.concat_conv1x1(features, weight)
+    return autograd.ConcatConv1x1.apply(weight, *_as_convolved(features, weight=weight))
 
 
 def concat_fuse(
@@ -80,7 +86,11 @@ def concat_fuse(
     _check_weight("pointwise", pointwise, (pointwise.shape[0], total, 1, 1))
     _numerics.check_batch_norm("norm1", norm1, total)
     _numerics.check_batch_norm("norm2", norm2, pointwise.shape[0])
-    _dispatch.resolve("concat_fuse", backend)
+    if _dispatch.resolve("concat_fuse", backend, features[0]) != "reference":
+        _check_kernel_norms(features[0], norm1=norm1, norm2=norm2)
+        features = _as_convolved(features, pointwise=pointwise, depthwise=depthwise)
+        found = autograd.fuse(features, depthwise, norm1, pointwise, norm2, attention=attention, pooled=pooled)
+        return ConcatFuse(*found)
     fused = reference.concat_fuse(features, depthwise, norm1, pointwise, norm2)
     return ConcatFuse(
         fused,
@@ -104,6 +114,31 @@ def _check_features(features: list[Tensor]) -> int:
                 "in all but channels"
             )
     return sum(feature.shape[1] for feature in features)
+
+
+def _as_convolved(features: list[Tensor], **weights: Tensor) -> list[Tensor]:
+    """The maps in the dtype that torch's own convolution would take them in; kernels cast weights as they read them."""
+    device = features[0].device.type
+    if torch.is_autocast_enabled(device):
+        return [x.to(torch.get_autocast_dtype(device)) for x in features]
+    for name, weight in weights.items():
+        if weight.dtype != features[0].dtype:
+            dtypes = f"{name} is {weight.dtype}, features[0] {features[0].dtype}"
+            raise TypeError(f"{dtypes}; convert one of them or use autocast")
+    return features
+
+
+def _check_kernel_norms(feature: Tensor, **norms: BatchNorm) -> None:
+    """Refuse batch statistics of one value, as torch does, and norms whose vectors a kernel cannot walk through."""
+    for name, norm in norms.items():
+        if norm.training and feature.shape[0] * feature.shape[2] * feature.shape[3] == 1:
+            raise InputError(
+                f"{name} in training mode needs more than one value per channel, features[0] has shape "
+                f"{list(feature.shape)}; use a larger batch or evaluation mode"
+            )
+        for field in ("weight", "bias", "running_mean", "running_var"):
+            if not getattr(norm, field).is_contiguous():
+                raise InputError(f"{name}.{field} must be contiguous for the kernels; call .contiguous() on it")
 
 
 def _check_weight(name: str, weight: Tensor, shape: tuple[int, ...]) -> None:

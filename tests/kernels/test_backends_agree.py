@@ -1,0 +1,78 @@
+"""Every backend equals the reference within the error budget: the catalogue of calls, forward and every gradient.
+
+On a CPU the Triton kernels run in the interpreter; on a GPU they run, and are captured in a CUDA graph and replayed.
+"""
+
+import pytest
+import torch
+
+from fastfuse.errors import BackendUnavailableError
+from fastfuse.kernels import _dispatch
+from fastfuse.testing import assert_within_budget
+from tests.kernels.op_cases import CASES, FORMATS
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def moved(tensors, device):
+    return [x.detach().to(device).requires_grad_(x.requires_grad) for x in tensors]
+
+
+def run(case, tensors, backend, monkeypatch):
+    """Outputs and gradients of a case; every output has its own fixed cotangent."""
+    monkeypatch.setattr(_dispatch, "_process_default", backend)
+    outputs = [x for x in case.outputs(tensors) if x is not None]
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in outputs]
+    wanted = [x for x in tensors if x.requires_grad]
+    gradients = torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True)
+    return [*outputs, *[torch.zeros_like(x) if g is None else g for x, g in zip(wanted, gradients, strict=True)]]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
+def test_triton_equals_the_reference(case, memory_format, dtype, device, monkeypatch, nan_filled):
+    tensors = moved(case.tensors(dtype, memory_format), device)
+    try:
+        ours = run(case, tensors, "triton", monkeypatch)
+    except BackendUnavailableError as error:
+        assert "no triton kernel" in str(error)
+        pytest.skip(str(error))
+    eager = run(case, moved(tensors, device), "reference", monkeypatch)
+    exact = [x.detach().double().requires_grad_(x.requires_grad) for x in tensors]
+    truth = run(case, exact, "reference", monkeypatch)
+    for i, (a, t, e) in enumerate(zip(ours, truth, eager, strict=True)):
+        assert_within_budget(a, t, e, what=f"{case.reason}, result {i}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
+def test_a_captured_graph_replays_on_new_inputs(case, monkeypatch):
+    monkeypatch.setattr(_dispatch, "_process_default", "auto")
+    static = moved(case.tensors(torch.float32), "cuda")
+
+    def forward_backward():
+        outputs = case.outputs(static)
+        return outputs, torch.autograd.grad(
+            [x.float().sum() for x in outputs], [x for x in static if x.requires_grad], allow_unused=True
+        )
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        forward_backward()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs, gradients = forward_backward()
+    with torch.no_grad():
+        for x in static:
+            x.mul_(1.5).add_(0.1)
+    graph.replay()
+    torch.cuda.synchronize()
+    again, fresh = forward_backward()
+    for a, b in zip([*outputs, *gradients], [*again, *fresh], strict=True):
+        if a is not None:
+            torch.testing.assert_close(a, b)
