@@ -4,7 +4,8 @@
 
 A stand-in driver names a target; the launchers run on CPU tensors, and every launch is compiled with Triton's own
 specialisation instead of being run. Prints one JSON line per compiled kernel: op, kernel, target, dtype, warps,
-registers, spilled bytes, shared bytes, whether it uses wgmma; and one per op with what else its launchers called.
+registers, bytes of stack and of spills, shared bytes, whether it uses wgmma; and one per op with what else its
+launchers called.
 Needs a process of its own: Triton decides at import whether it interprets.
 """
 
@@ -33,10 +34,10 @@ from triton.runtime.jit import JITFunction
 from benchmarks.kernel_cases import KernelCase, cases
 from fastfuse.kernels import _dispatch, _library, _triton
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 HARMLESS = re.compile(
     r"aten\.(empty|empty_like|empty_strided|new_empty|view|_unsafe_view|expand|unbind|select|slice|alias|detach"
-    r"|as_strided|permute|transpose|t|unsqueeze|squeeze)\b|fastfuse\."
+    r"|promote_types|as_strided|permute|transpose|t|unsqueeze|squeeze)\b|fastfuse\."
 )
 
 
@@ -95,18 +96,31 @@ def watch_launchers(names: set[str]) -> None:
     _library.launcher_of = watched
 
 
+def spilled(ptx: str) -> int:
+    """Bytes that the assembler spills; a stack frame may have other reasons, and without one there is no spill."""
+    target = re.search(r"\.target (\w+)", ptx)[1]
+    assembler = TOOLS / ("ptxas-blackwell" if target.startswith("sm_10") else "ptxas")
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [str(assembler), "-v", f"--gpu-name={target}", file.name, "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", said))
+
+
 def resources(kernel) -> dict:
     """Registers, spills and shared memory of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         text = subprocess.run(
-            [str(CUOBJDUMP), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+            [str(TOOLS / "cuobjdump"), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return {
         "registers": numbers["REG"],
-        "spills": numbers["STACK"] + numbers["LOCAL"],
+        "stack": numbers["STACK"] + numbers["LOCAL"],
+        "spills": spilled(kernel.asm["ptx"]) if numbers["STACK"] + numbers["LOCAL"] else 0,
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
         "wgmma": "wgmma" in kernel.asm["ptx"],

@@ -3,14 +3,16 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastfuse.errors import InputError
-from fastfuse.kernels import _dispatch, _numerics
+from fastfuse.kernels import _dispatch, _numerics, _triton
 from fastfuse.kernels._numerics import BatchNorm
 from fastfuse.kernels.deep_to_shallow import reference
+from fastfuse.kernels.deep_to_shallow.autograd import DeepToShallow, StageOptions
 
-_dispatch.register("deep_to_shallow", {"reference": None})
+_dispatch.register("deep_to_shallow", {"triton": _triton.why_not, "reference": None})
 
 
 class Stage(NamedTuple):
@@ -61,8 +63,43 @@ def deep_to_shallow(
         target = size or (2 * height, 2 * width)
         paddings.append((output_padding(height, target[0]), output_padding(width, target[1])))
         channels, (height, width) = stage.weight.shape[1], target
-    _dispatch.resolve("deep_to_shallow", backend)
-    return tuple(reference.deep_to_shallow(x, stages, paddings)[::-1])
+    if _dispatch.resolve("deep_to_shallow", backend, x) == "reference":
+        return tuple(reference.deep_to_shallow(x, stages, paddings)[::-1])
+    return _fused(x, stages, paddings)[::-1]
+
+
+def _fused(x: Tensor, stages: Sequence[Stage], paddings: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
+    """The chain through its kernels; maps in the order of the stages."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    options, tensors = [], []
+    height, width = x.shape[2:]
+    for j, ((weight, norm), padding) in enumerate(zip(stages, paddings, strict=True)):
+        height, width = 2 * height - 1 + padding[0], 2 * width - 1 + padding[1]
+        _check_stage(f"stages[{j}]", weight, norm, x)
+        if norm.training and x.shape[0] * height * width == 1:
+            raise InputError(
+                f"stages[{j}].norm takes batch statistics, which one value per channel does not have: "
+                "give more samples or larger maps, or training=False"
+            )
+        # A norm that does not learn gets its gradient by the output alone; so do the maps that make targets.
+        keep = norm.training or (torch.is_grad_enabled() and norm.weight.requires_grad)
+        options.append(StageOptions(padding, norm.training, keep, norm.momentum, norm.eps, dtype))
+        tensors += [weight, norm.weight, norm.bias, norm.running_mean, norm.running_var]
+    return DeepToShallow.apply(tuple(options), x, *tensors)
+
+
+def _check_stage(name: str, weight: Tensor, norm: BatchNorm, x: Tensor) -> None:
+    """Refuse what the reference would take or refuse in its own words, and the kernels cannot."""
+    vectors = {f"{name}.norm.{f}": getattr(norm, f) for f in ("weight", "bias", "running_mean", "running_var")}
+    _numerics.check_same_device("x", x, **{f"{name}.weight": weight}, **vectors)
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(
+            f"{name}.weight is {weight.dtype}, x is {x.dtype}; convert one of them, or run under torch.autocast"
+        )
+    for field, vector in vectors.items():
+        if not vector.is_contiguous():
+            raise InputError(f"{field} must be contiguous, not a strided view; give a tensor of its own")
 
 
 def output_padding(deep: int, shallow: int) -> int:
