@@ -99,7 +99,8 @@ def watch_launchers(names: set[str]) -> None:
 def spilled(ptx: str) -> int:
     """Bytes that the assembler spills; a stack frame may have other reasons, and without one there is no spill."""
     target = re.search(r"\.target (\w+)", ptx)[1]
-    assembler = TOOLS / ("ptxas-blackwell" if target.startswith("sm_10") else "ptxas")
+    # Triton brings two assemblers; the newer one knows every PTX version and every target.
+    assembler = TOOLS / "ptxas-blackwell"
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
