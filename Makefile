@@ -3,7 +3,7 @@
 #   make train [EPOCHS=12] [ARGS=...]   train FFSD on the bundled digits, beside a plain baseline
 #   make test                           the tests that take seconds
 #   make test-all                       those and the long ones (no GPU)
-#   make test-oldest                    the tests of `make test` on the oldest supported PyTorch
+#   make test-oldest                    the tests of `make test` and all of the kernels on the oldest supported PyTorch
 #   make test-gpu                       the tests that need a GPU, in the interpreter at hand (PYTHON), installing nothing
 #   make gpu-check [OUT=DIR]            those, the sanitizer, and the short benchmark of the kernels
 #   make bench                          time one training step, quick form
@@ -45,6 +45,7 @@ test-all: .venv/.installed-test
 
 test-oldest: .venv-oldest/.installed-test
 	.venv-oldest/bin/python -m pytest -m "not long and not gpu" -q $(ARGS)
+	.venv-oldest/bin/python -m pytest -m "long and not gpu" -q tests/kernels tests/methods $(ARGS)
 
 # A GPU machine comes with its own PyTorch: nothing is installed, the checkout is run as it lies.
 test-gpu:

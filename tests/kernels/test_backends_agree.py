@@ -30,7 +30,10 @@ def run(case, tensors, backend, monkeypatch):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float32, id="float32"), pytest.param(torch.float16, id="float16", marks=pytest.mark.long)],
+)
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
 def test_triton_equals_the_reference(case, memory_format, dtype, device, monkeypatch, nan_filled):

@@ -10,6 +10,9 @@ from fastfuse.testing import assert_within_budget, relative_l2
 from tests.kernels.op_cases import FORMATS
 from tests.kernels.test_golden_ops import CASES, Arrays, leaf, norm, trained
 
+# The interpreter is slow: `make test` has this operator in test_backends_agree.py, the rest runs with the long tests.
+pytestmark = pytest.mark.long
+
 LAST = torch.channels_last
 NAMES = ("depthwise", "weight1", "bias1", "pointwise", "weight2", "bias2")
 # channels of each map, outputs, batch, (height, width), reason

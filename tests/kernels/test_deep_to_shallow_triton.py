@@ -14,6 +14,9 @@ from fastfuse.kernels.deep_to_shallow import closed_form, triton_kernels
 from fastfuse.testing import assert_within_budget, relative_l2
 from tests.kernels.op_cases import FORMATS
 
+# The interpreter is slow: `make test` has this operator in test_backends_agree.py, the rest runs with the long tests.
+pytestmark = pytest.mark.long
+
 LAST = torch.channels_last
 # shape of the deep map, channels of the stages, sizes, reason
 SHAPES = [

@@ -10,6 +10,9 @@ from fastfuse.errors import BackendUnavailableError, InputError
 from fastfuse.kernels.feature_kl import closed_form, triton_kernels
 from fastfuse.testing import assert_within_budget, relative_l2
 
+# The interpreter is slow: `make test` has this operator in test_backends_agree.py, the rest runs with the long tests.
+pytestmark = pytest.mark.long
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAST = torch.channels_last
 X, Y = (2, 3, 5, 4), (1, 5, 3, 3)

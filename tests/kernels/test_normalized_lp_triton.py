@@ -9,6 +9,9 @@ from fastfuse.errors import BackendUnavailableError
 from fastfuse.kernels.normalized_lp import closed_form, layout, op, triton_kernels
 from fastfuse.testing import assert_within_budget, relative_l2
 
+# The interpreter is slow: `make test` has this operator in test_backends_agree.py, the rest runs with the long tests.
+pytestmark = pytest.mark.long
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAST = torch.channels_last
 HALF, BF16, SINGLE = torch.float16, torch.bfloat16, torch.float32
