@@ -7,6 +7,7 @@
 #   make test-gpu                       the tests that need a GPU, in the interpreter at hand (PYTHON), installing nothing
 #   make gpu-check [OUT=DIR]            those, the sanitizer, and the short benchmark of the kernels
 #   make bench                          time one training step, quick form
+#   make build                          compile the CUDA extension for this checkout (needs nvcc, no GPU)
 #   make lint                           ruff: rules and formatting
 #
 # PYTHON=python3.12 names another interpreter.
@@ -17,6 +18,8 @@ ARGS ?=
 
 OLDEST := torch==2.11.0 torchvision==0.26.0 triton==3.6.0 "numpy==2.3.*"
 PIP_INSTALL := bin/python -m pip install --quiet --disable-pip-version-check
+# A process per core, and the tests of a file in one process: they share what is slow to make.
+PYTEST := bin/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 # In the syntax of old interpreters, so that they too can say what is wrong.
 define CHECK_PYTHON
@@ -31,21 +34,21 @@ except ImportError:
 endef
 export CHECK_PYTHON
 
-.PHONY: train test test-all test-oldest test-gpu gpu-check bench lint
+.PHONY: train test test-all test-oldest test-gpu gpu-check bench build lint
 
 train: .venv/.installed
 	.venv/bin/fastfuse train --method ffsd --model resnet20 --students 2 --data digits --epochs $(EPOCHS) \
 		--batch-size 32 --baseline $(ARGS)
 
 test: .venv/.installed-test
-	.venv/bin/python -m pytest -m "not long and not gpu" -q $(ARGS)
+	.venv/$(PYTEST) -m "not long and not gpu" $(ARGS)
 
 test-all: .venv/.installed-test
-	.venv/bin/python -m pytest -m "not gpu" -q $(ARGS)
+	.venv/$(PYTEST) -m "not gpu" $(ARGS)
 
 test-oldest: .venv-oldest/.installed-test
-	.venv-oldest/bin/python -m pytest -m "not long and not gpu" -q $(ARGS)
-	.venv-oldest/bin/python -m pytest -m "long and not gpu" -q tests/kernels $(ARGS)
+	.venv-oldest/$(PYTEST) -m "not long and not gpu" $(ARGS)
+	.venv-oldest/$(PYTEST) -m "long and not gpu" tests/kernels $(ARGS)
 
 # A GPU machine comes with its own PyTorch: nothing is installed, the checkout is run as it lies.
 test-gpu:
@@ -56,6 +59,10 @@ gpu-check:
 
 bench: .venv/.installed
 	.venv/bin/python benchmarks/run.py --suite step --quick $(ARGS)
+
+# TORCH_CUDA_ARCH_LIST and MAX_JOBS are honoured. The file fits every supported PyTorch and Python.
+build: .venv/.installed
+	.venv/bin/python fastfuse/kernels/_build.py
 
 lint: .venv/.installed-test
 	.venv/bin/ruff check .

@@ -16,7 +16,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
 # One call of every kernel is enough for the sanitizer, which makes each a hundred times slower.
-SHORT = ["tests/kernels/test_backends_agree.py", "-k", "triton_equals and float32 and channels_last"]
+SHORT = [
+    "tests/kernels/test_backends_agree.py",
+    "tests/kernels/test_cuda_kernels.py",
+    "-k",
+    "(triton_equals or on_a_gpu) and float32 and channels_last",
+]
 SANITIZED = {tool: ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"] for tool in ("memcheck", "racecheck")}
 
 

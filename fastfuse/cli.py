@@ -181,6 +181,7 @@ def _info(arguments: list[str]) -> int:
     print("  ".join(f"{name} {version or 'not installed'}" for name, version in found["versions"].items()))
     for device, name in found["devices"].items():
         print(f"{device}: {name}")
+    print(f"CUDA extension: {found['extension']}")
     for op, backends in found["ops"].items():
         print(f"{op}: " + "; ".join(f"{backend}: {reason}" for backend, reason in backends.items()))
     return 0

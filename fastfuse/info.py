@@ -60,7 +60,7 @@ def info() -> dict[str, Any]:
     """Everything, as plain values."""
     import torch
 
-    from fastfuse.kernels import _dispatch
+    from fastfuse.kernels import _dispatch, _extension
 
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     return {
@@ -68,5 +68,6 @@ def info() -> dict[str, Any]:
         "versions": versions(),
         "cuda": torch.version.cuda,
         "devices": {device: device_name(device) for device in devices},
+        "extension": _extension.state(),
         "ops": {op: {b: _dispatch.why_not(op, b) or "usable" for b in _dispatch.BACKENDS} for op in _dispatch.ops()},
     }

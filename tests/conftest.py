@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-# The tensors are small: more threads only wait for each other, and the order of sums should not follow the machine.
+# The tensors are small: more threads only wait for each other.
 torch.set_num_threads(1)
 
 

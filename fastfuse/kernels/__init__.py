@@ -7,8 +7,10 @@ error budget, forward and every gradient. Nothing waits for the device, nothing 
 """
 
 # ruff: noqa: F401 - the imports register the ops.
+import fastfuse.kernels.aggregate_distance.op
 import fastfuse.kernels.attention_mse.op
 import fastfuse.kernels.augment.op
+import fastfuse.kernels.batch_norm_act.op
 import fastfuse.kernels.concat_fuse.op
 import fastfuse.kernels.deep_to_shallow.op
 import fastfuse.kernels.diversity_target.op

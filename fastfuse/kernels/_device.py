@@ -2,8 +2,12 @@
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from fastfuse.kernels import _triton
 
 
 @triton.jit
@@ -35,6 +39,74 @@ def ordered_sum(values, count, BLOCK: tl.constexpr, DTYPE: tl.constexpr = tl.flo
         place = first + tl.arange(0, BLOCK)
         total += tl.load(values + place, mask=place < count, other=0).to(DTYPE)
     return tl.sum(total)
+
+
+@triton.jit
+def tile_turns(extent, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
+    """How many tiles a block of a `Walk` comes to, at most."""
+    tiles = tl.cdiv(extent[1], BLOCK_C) * tl.cdiv(extent[2], BLOCK_N) * extent[0]
+    return tl.cdiv(tiles, tl.num_programs(0))
+
+
+@triton.jit
+def tile_place(turn, extent, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Sample, channels, positions and mask of the tile that a block comes to in one of its turns."""
+    across, down = tl.cdiv(extent[2], BLOCK_N), tl.cdiv(extent[1], BLOCK_C)
+    tile = tl.program_id(0).to(tl.int64) + turn * tl.num_programs(0)
+    sample = tile // (across * down)
+    channel = (tile // across % down * BLOCK_C + tl.arange(0, BLOCK_C))[:, None]
+    position = (tile % across * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    inside = (channel < tl.where(sample < extent[0], extent[1], 0)) & (position < extent[2])
+    return sample, channel, position, inside
+
+
+@triton.jit
+def tile_address(pointer, stride, sample, channel, position):
+    """Where the elements of a tile lie in a map."""
+    return pointer + (sample * stride[0] + channel * stride[1] + position * stride[2])
+
+
+class Walk:
+    """How blocks walk over maps [B, C, H, W] in one launch: extents, tile, grid.
+
+    One linear walk where the maps lie alike in memory (all contiguous or all channels-last), otherwise tiles of
+    channels and positions that strides address.
+
+    Args:
+        groups: maps of one shape that are walked over together; each group has blocks of its own along the grid's
+            second axis.
+        tile: elements of a tile.
+        programs: blocks at most, of all groups together; each takes several tiles.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[Tensor]], tile: int, programs: int) -> None:
+        self.flat = all(_dense_alike(group) for group in groups)
+        self.extents = tuple(self._extent(group[0]) for group in groups)
+        channels, positions = (max(extent[axis] for extent in self.extents) for axis in (1, 2))
+        if groups[0][0].stride(1) == 1 and not self.flat:
+            self.block_c = min(triton.next_power_of_2(channels), 256)
+            self.block_n = tile // self.block_c
+        else:
+            self.block_n = tile if self.flat else min(triton.next_power_of_2(positions), 256)
+            self.block_c = tile // self.block_n
+        tiles = max(b * triton.cdiv(c, self.block_c) * triton.cdiv(n, self.block_n) for b, c, n in self.extents)
+        self.grid = (min(max(tiles, 1), max(programs // len(groups), 1)), len(groups))
+
+    def _extent(self, x: Tensor) -> tuple[int, int, int]:
+        return (1, 1, x.numel()) if self.flat else (x.shape[0], x.shape[1], x.shape[2] * x.shape[3])
+
+    def strides(self, maps: Sequence[Tensor]) -> tuple[tuple[int, int, int], ...]:
+        """Strides of sample, channel and position of each map."""
+        return tuple((0, 0, 1) if self.flat else _triton.map_strides(x)[1:] for x in maps)
+
+    def blocks(self) -> dict[str, int]:
+        """The tile's sides, constants of the kernels."""
+        return {"BLOCK_C": self.block_c, "BLOCK_N": self.block_n}
+
+
+def _dense_alike(maps: Sequence[Tensor]) -> bool:
+    formats = (torch.contiguous_format, torch.channels_last)
+    return any(all(x.is_contiguous(memory_format=f) for x in maps) for f in formats)
 
 
 def table(values: Sequence[float]) -> tuple:

@@ -26,7 +26,7 @@ def terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> tuple[d
     """
     count = len(batch.features)
     fused = loss.fusion([maps[-1] for maps in batch.features])
-    cross_entropy, divergence = functional.peer_kl_ce(
+    cross_entropy, divergence, _ = functional.peer_kl_ce(
         [*batch.logits, fused.logits],
         batch.labels,
         temperature=loss.hyperparameters["temperature"],

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from fastfuse import functional
 from fastfuse.losses.ramps import sigmoid_rampup
+from fastfuse.nn.fusion import fuse_and_mirror
+from fastfuse.nn.transforms import transform_all
 
 if TYPE_CHECKING:
     from fastfuse.losses._checks import Batch
@@ -41,7 +42,11 @@ def terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> tuple[d
     students = batch.features
     count = len(students)
     last = [maps[-1].detach() for maps in students]
-    fused = loss.fusion(last)
+    leader, widened = batch.leader_features, None
+    if leader is None:
+        fused = loss.fusion(last)
+    else:
+        fused, widened = fuse_and_mirror(loss.fusion, last, loss.trans_fusion, [leader[-1]])
     fused_map, fused_attention = fused.fused.detach(), fused.attention.detach()
 
     # Temperature KL and cross-entropy of all heads: peers, fused head from the ensemble, leader from the fused head.
@@ -50,7 +55,7 @@ def terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> tuple[d
     if batch.leader_logits is not None:
         heads.append(batch.leader_logits)
         teachers.append([count])
-    cross_entropy, divergence = functional.peer_kl_ce(
+    cross_entropy, divergence, _ = functional.peer_kl_ce(
         heads, batch.labels, temperature=hyper["temperature"], teachers=teachers, ensemble=range(count)
     )
 
@@ -59,30 +64,28 @@ def terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> tuple[d
     pairs = _AttentionPairs()
     diversity_weight = hyper["lambda_diversity"] * weight
     fusion_weight = hyper["lambda_fusion"] * weight
+    distances, shifted = _diversity(loss, [maps[-1] for maps in students[1:]], last[:-1])
+    distances = (diversity_weight * distances).unbind(0)
+    targets = _targets(loss, batch, [*shifted, fused_map])
     for i in range(count):
         found[f"student{i}_ce"] = cross_entropy[i]
         found[f"student{i}_dml"] = divergence[i]
         if i == 0:
             continue
-        distance = functional.diversity_loss(students[i][-1], last[i - 1], mode=hyper["diversity_mode"])
-        found[f"student{i}_diversity"] = diversity_weight * distance
+        found[f"student{i}_diversity"] = distances[i - 1]
         if loss.transforms:
-            shifted = functional.diversity_target(last[i - 1], mode=hyper["diversity_mode"])
             # Published: the weight is that of diversity, not one of its own.
-            targets = _targets(loss, f"student{i}", shifted, students[i])
-            pairs.add(f"student{i}_self_distillation", diversity_weight, students[i][:-1], targets)
+            name = f"student{i}"
+            pairs.add(f"{name}_self_distillation", diversity_weight, students[i][:-1], targets[name])
     found["fusion_ce"] = cross_entropy[count]
     found["fusion_kl"] = divergence[count]
     if batch.leader_logits is not None:
-        leader = batch.leader_features
         found["leader_ce"] = cross_entropy[count + 1]
         found["leader_kl"] = divergence[count + 1]
         pairs.add("leader_fusion", fusion_weight, [leader[-1]], [fused_attention])
-        widened = loss.trans_fusion([leader[-1]])
         pairs.add("leader_trans_fusion", fusion_weight, [widened], [functional.attention_map(last)])
         if loss.transforms:
-            targets = _targets(loss, "leader", fused_map, leader)
-            pairs.add("leader_self_distillation", fusion_weight, leader[:-1], targets)
+            pairs.add("leader_self_distillation", fusion_weight, leader[:-1], targets["leader"])
     found |= pairs.terms()
     if loss.transforms:
         found |= _transform_terms(loss, batch, hyper["lambda_self_distillation"] * weight)
@@ -109,31 +112,44 @@ class _AttentionPairs:
         return {name: weight * part.sum() for (name, weight, _), part in zip(self.spans, parts, strict=True)}
 
 
+def _diversity(loss: "FusionLoss", maps: list[Tensor], references: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Distances of students from the one before each, and that one's shifted maps where a transform wants them."""
+    mode = loss.hyperparameters["diversity_mode"]
+    if loss.transforms:
+        return functional.diversity(maps, references, mode=mode)
+    return functional.diversity_loss(maps, references, mode=mode), []
+
+
 def _sizes(maps: Sequence[Tensor]) -> list[tuple[int, int]]:
     return [(m.shape[2], m.shape[3]) for m in maps[:-1]]
 
 
-def _targets(loss: "FusionLoss", name: str, deep: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
-    with torch.no_grad():
-        made = loss.transforms[name](deep, sizes=_sizes(maps), training=False)
-        return [functional.attention_map(m) for m in made]
+def _targets(loss: "FusionLoss", batch: "Batch", deep: Sequence[Tensor]) -> dict[str, tuple[Tensor, ...]]:
+    """Attention maps of what every transform makes of the deep map that is its own (the leader's comes last)."""
+    if not loss.transforms:
+        return {}
+    networks = [*batch.features[1:], batch.leader_features][: len(loss.transforms)]
+    transforms, sizes = list(loss.transforms.values()), [_sizes(maps) for maps in networks]
+    made = transform_all(transforms, deep[: len(networks)], sizes=sizes, training=False, attention=True)
+    return dict(zip(loss.transforms, made, strict=True))
 
 
 def _transform_terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> dict[str, Tensor]:
     """Training of the transforms: each learns its own network's deep-to-shallow mapping from detached maps."""
-    inputs: list[Tensor] = []
-    targets: list[Tensor] = []
-    names: list[str] = []
-    for name, transform in loss.transforms.items():
-        source = loss.transform_sources[name]
-        maps = batch.leader_features if source == "leader" else batch.features[source]
-        maps = [m.detach() for m in maps]
-        names.append("transform_leader" if name == "leader" else name.replace("student", "transform"))
-        inputs += transform(maps[-1], sizes=_sizes(maps))
-        targets += maps[:-1]
+    sources = [loss.transform_sources[name] for name in loss.transforms]
+    networks = [batch.leader_features if source == "leader" else batch.features[source] for source in sources]
+    networks = [[m.detach() for m in maps] for maps in networks]
+    made = transform_all(
+        list(loss.transforms.values()), [maps[-1] for maps in networks], sizes=[_sizes(maps) for maps in networks]
+    )
+    inputs = [m for maps in made for m in maps]
+    targets = [m for maps in networks for m in maps[:-1]]
+    names = [
+        "transform_leader" if name == "leader" else name.replace("student", "transform") for name in loss.transforms
+    ]
     stages = len(inputs) // len(names)
-    feature = functional.normalized_lp(inputs, targets, p=2).view(-1, stages).sum(1)
-    attention = functional.attention_mse(inputs, targets).view(-1, stages).sum(1)
+    distances = functional.normalized_lp_joint(inputs, targets, p=2)
+    feature, attention = (each.view(-1, stages).sum(1) for each in distances)
     found = {}
     for k, name in enumerate(names):
         found[f"{name}_feature"] = weight * feature[k]

@@ -36,6 +36,6 @@ class DML(Independent):
 
     def terms(self, logits: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
         """The loss terms of one batch."""
-        cross_entropy, divergence = functional.peer_kl_ce(list(logits.values()), labels, temperature=self.temperature)
-        found = {f"{name}_ce": cross_entropy[i] for i, name in enumerate(logits)}
-        return found | {f"{name}_dml": divergence[i] for i, name in enumerate(logits)}
+        losses = functional.peer_kl_ce(list(logits.values()), labels, temperature=self.temperature)
+        found = {f"{name}_ce": losses.cross_entropy[i] for i, name in enumerate(logits)}
+        return found | {f"{name}_dml": losses.divergence[i] for i, name in enumerate(logits)}

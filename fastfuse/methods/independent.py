@@ -42,7 +42,7 @@ class Independent(Method):
     def terms(self, logits: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
         """The loss terms of one batch."""
         without_teachers = [[] for _ in logits]
-        cross_entropy, _ = functional.peer_kl_ce(
+        cross_entropy, _, _ = functional.peer_kl_ce(
             list(logits.values()), labels, temperature=1.0, teachers=without_teachers
         )
         return {f"{name}_ce": cross_entropy[i] for i, name in enumerate(logits)}

@@ -1,17 +1,20 @@
 """A batch norm as the operators take it."""
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastfuse.errors import InputError
 from fastfuse.functional import BatchNorm
 
 
-def batch_norm(norm: nn.BatchNorm2d, *, training: bool | None = None) -> BatchNorm:
+def batch_norm(
+    norm: nn.BatchNorm2d, *, training: bool | None = None, counters: list[Tensor] | None = None
+) -> BatchNorm:
     """The parameters of a norm; counts the batch in training mode, as the norm's own forward would.
 
     Args:
         norm: the module that holds them.
         training: mode to use; None takes the module's own, so that a norm that a user froze stays frozen.
+        counters: takes the counter of a norm in training mode, for the caller to advance many at once.
 
     Raises:
         InputError: a norm without affine parameters, running statistics or momentum, or a SyncBatchNorm.
@@ -24,8 +27,10 @@ def batch_norm(norm: nn.BatchNorm2d, *, training: bool | None = None) -> BatchNo
     if norm.momentum is None:
         raise InputError("momentum=None, a cumulative average, would wait for the device; give the norm a number")
     training = norm.training if training is None else training
-    if training:
+    if training and counters is None:
         norm.num_batches_tracked.add_(1)
+    elif training:
+        counters.append(norm.num_batches_tracked)
     return BatchNorm(
         norm.weight, norm.bias, norm.running_mean, norm.running_var, training, float(norm.momentum), norm.eps
     )

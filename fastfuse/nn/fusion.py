@@ -38,21 +38,21 @@ class TransFusion(nn.Module):
             # N(0, sqrt(2 / (kh kw C_out))), as published.
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 
-    def fuse(self, features: Sequence[Tensor], *, attention: bool, pooled: bool) -> functional.ConcatFuse:
-        """The fused map of [B, C_s, H, W] maps, with its attention map and spatial mean on request."""
-        return functional.concat_fuse(
+    def given(self, features: Sequence[Tensor]) -> functional.Fusion:
+        """What the operator is given for [B, C_s, H, W] maps: of trans-fusion only the attention map is wanted."""
+        return functional.Fusion(
             features,
             self.depthwise.weight,
             batch_norm(self.norm1),
             self.pointwise.weight,
             batch_norm(self.norm2),
-            attention=attention,
-            pooled=pooled,
+            fused=False,
+            pooled=False,
         )
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """The attention map [B, H, W] of the result, the only thing that trans-fusion is wanted for."""
-        return self.fuse(features, attention=True, pooled=False).attention
+        """The attention map [B, H, W] of the result."""
+        return functional.concat_fuse_all([self.given(features)])[0].attention
 
 
 class FusionHead(TransFusion):
@@ -68,7 +68,32 @@ class FusionHead(TransFusion):
         super().__init__(in_channels, out_channels)
         self.classifier = nn.Linear(out_channels, num_classes)
 
+    def given(self, features: Sequence[Tensor]) -> functional.Fusion:
+        """What the operator is given: of the fusion module everything is wanted."""
+        return super().given(features)._replace(fused=True, pooled=True)
+
     def forward(self, features: Sequence[Tensor]) -> FusionOutput:
         """S maps [B, C_s, H, W] to logits [B, K], the fused map and its attention map."""
-        fused, attention, pooled = self.fuse(features, attention=True, pooled=True)
-        return FusionOutput(self.classifier(pooled), fused, attention)
+        return self.classify(functional.concat_fuse_all([self.given(features)])[0])
+
+    def classify(self, found: functional.ConcatFuse) -> FusionOutput:
+        """The result of the operator with the logits."""
+        return FusionOutput(self.classifier(found.pooled), found.fused, found.attention)
+
+
+def fuse_and_mirror(
+    head: FusionHead, features: Sequence[Tensor], mirror: TransFusion, mirrored: Sequence[Tensor]
+) -> tuple[FusionOutput, Tensor]:
+    """Both modules, which do not depend on each other, in launches that they share.
+
+    Args:
+        head: the fusion module.
+        features: the students' maps [B, C_s, H, W].
+        mirror: trans-fusion.
+        mirrored: the maps that it takes, the leader's.
+
+    Returns:
+        What the head gives, and the attention map [B, H, W] of trans-fusion.
+    """
+    fused, widened = functional.concat_fuse_all([head.given(features), mirror.given(mirrored)])
+    return head.classify(fused), widened.attention

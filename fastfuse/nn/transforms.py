@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from fastfuse import functional
@@ -48,5 +49,35 @@ class DeepToShallow(nn.Module):
         Returns:
             Maps in the order of a network's features without the last, shallow to deep.
         """
-        stages = [functional.Stage(s.deconv.weight, batch_norm(s.norm, training=training)) for s in self.stages]
-        return functional.deep_to_shallow(deep, stages, sizes=sizes)
+        (maps,) = transform_all([self], [deep], sizes=[sizes], training=training)
+        return maps
+
+
+def transform_all(
+    transforms: Sequence[DeepToShallow],
+    deep: Sequence[Tensor],
+    *,
+    sizes: Sequence[Sequence[tuple[int, int]] | None],
+    training: bool | None = None,
+    attention: bool = False,
+) -> list[tuple[Tensor, ...]]:
+    """What each of several transforms makes of its own deep map, all in one operator call.
+
+    Args:
+        transforms: the modules; those of one shape share their launches.
+        deep, sizes: the arguments of each one's own call.
+        training: as there, for all.
+        attention: give attention maps [B, H, W] without gradients in place of the maps; needs running statistics.
+    """
+    counters: list[Tensor] = []
+    chains = [
+        [
+            functional.Stage(s.deconv.weight, batch_norm(s.norm, training=training, counters=counters))
+            for s in transform.stages
+        ]
+        for transform in transforms
+    ]
+    if counters:
+        # One launch, however many transforms there are.
+        torch._foreach_add_(counters, 1)
+    return functional.deep_to_shallow(deep, chains, sizes=sizes, attention=attention)

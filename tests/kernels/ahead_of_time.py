@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs that need not be there, as its launchers would.
 
-    python ahead_of_time.py [--targets 80 90 100] [--dtypes float32 bfloat16] [--table]
+    python ahead_of_time.py [--targets 80 90 100] [--dtypes float32 bfloat16] [--ops concat_fuse] [--few] [--table]
 
 A stand-in driver names a target; the launchers run on CPU tensors, and every launch is compiled with Triton's own
 specialisation instead of being run. Prints one JSON line per compiled kernel: op, kernel, target, dtype, warps,
@@ -137,6 +137,16 @@ def forward_backward(case: KernelCase, dtype: torch.dtype) -> None:
         torch.autograd.backward(wanted, [torch.ones_like(x) for x in wanted])
 
 
+def chosen_cases(op: str, few: bool) -> list[KernelCase]:
+    """The cases of an op: all of them, or the short list and the largest contiguous one."""
+    # The kind of launch does not depend on the batch, except where one program may own a small one.
+    large = [case for case in cases(batch=32) if case.op == "batch_norm_act" and "S=2" in case.shape]
+    own = [case for case in [*cases(batch=2), *large] if case.op == op]
+    if not few:
+        return own
+    return [case for case in own if case.quick] + [case for case in own if "contiguous" in case.shape][-1:]
+
+
 def print_table(rows: list[dict]) -> None:
     """The largest registers and shared memory of every kernel over its shapes, as Markdown."""
     targets = sorted({row["target"] for row in rows})
@@ -158,6 +168,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--ops", nargs="+", default=list(_dispatch.ops()), choices=_dispatch.ops(), metavar="OP")
+    parser.add_argument("--few", action="store_true", help="a short list of cases")
     parser.add_argument("--table", action="store_true", help="print a table in place of the lines")
     options = parser.parse_args()
     rows: list[dict] = []
@@ -168,11 +180,8 @@ def main() -> int:
     compile_instead_of_running(compiled)
     called: set[str] = set()
     watch_launchers(called)
-    # The kind of launch does not depend on the batch.
-    by_op: dict[str, list[KernelCase]] = {}
-    for case in cases(batch=2):
-        by_op.setdefault(case.op, []).append(case)
-    for op, own in by_op.items():
+    for op in options.ops:
+        own = chosen_cases(op, options.few)
         if _dispatch.why_not(op, "triton", torch.empty(1)) is not None:
             print(json.dumps({"op": op, "missing": _dispatch.why_not(op, "triton", torch.empty(1))}))
             continue

@@ -66,22 +66,47 @@ def transform(training, sizes=None):
     return call
 
 
+def norm_act(training, shortcut=True, **options):
+    """batch_norm_act of maps of two networks; attention maps as [S N, H, W]."""
+
+    def call(x, weight, bias, *rest):
+        norm = batch_norm(weight, bias, training)
+        found = functional.batch_norm_act(x, norm, residual=rest[0] if shortcut else None, **options)
+        return found.out if found.attention is None else (found.out, found.attention.flatten(0, 1))
+
+    return call
+
+
+NORMED = ((2, 4, 3, 5), (4,), (4,), (2, 4, 3, 5))
 CHAIN = ((4, 3, 3, 3), (3,), (3,), (3, 2, 3, 3), (2,), (2,))
 
 
-def one_head(index, **options):
+def two_transforms(x, y, weight1, scale1, bias1, weight2, scale2, bias2):
+    """Each of one stage, to sizes of its own."""
+    chains = [
+        [functional.Stage(weight1, batch_norm(scale1, bias1, True))],
+        [functional.Stage(weight2, batch_norm(scale2, bias2, True))],
+    ]
+    first, second = functional.deep_to_shallow([x, y], chains, sizes=[[(5, 4)], None])
+    return *first, *second
+
+
+def one_head(index, weighted=False, **options):
     """peer_kl_ce's terms of one head; the others are constants, since a teacher's gradient is cut on purpose."""
 
     def call(head, *others):
         rows = [*others[:index], head, *others[index:]]
         labels = torch.arange(head.shape[0], device=head.device) % head.shape[1]
-        found = functional.peer_kl_ce(rows, labels, **options)
+        count = len(rows)
+        weights = torch.linspace(-1, 2, count * (count + 1), device=head.device).view(count, -1) if weighted else None
+        found = functional.peer_kl_ce(rows, labels, weights=weights, **options)
         return found.cross_entropy[index], found.divergence[index]
 
     return call
 
 
 attention, lp, kl = functional.attention_mse, functional.normalized_lp, functional.feature_kl
+joint = functional.normalized_lp_joint
 X, Y = (2, 3, 5, 4), (2, 2, 5, 4)
 CASES = [
     OpCase("attention_map of one map", functional.attention_map, ((3, 4, 5, 3),)),
@@ -112,6 +137,18 @@ CASES = [
         lambda a, b, x, y: lp([a, b], [x, y], p=1),
         (X, (1, 2, 3), X, (1, 2, 3)),
     ),
+    OpCase("normalized_lp_joint, p = 2", joint, (X, X)),
+    OpCase("normalized_lp_joint, p = 1", lambda x, y: joint(x, y, p=1), (X, X)),
+    OpCase(
+        "normalized_lp_joint: a batch of one, odd, summed",
+        lambda x, y: joint(x, y, reduction="sum"),
+        ((1, 3, 5, 7), (1, 3, 5, 7)),
+    ),
+    OpCase(
+        "normalized_lp_joint of two pairs, a loss per sample",
+        lambda a, b, x, y: joint([a, b], [x, y], reduction="none"),
+        (X, (2, 6, 3, 1), X, (2, 6, 3, 1)),
+    ),
     OpCase("diversity_loss as published", functional.diversity_loss, (X,), (Y,)),
     OpCase(
         "diversity_loss normalized, summed",
@@ -120,12 +157,24 @@ CASES = [
         (X,),
     ),
     OpCase("diversity_loss of a ready map, a batch of one", functional.diversity_loss, ((1, 5, 3),), ((1, 4, 5, 3),)),
+    OpCase(
+        "diversity: two pairs of different shape, together with their targets",
+        lambda a, b, x, y: functional.diversity([a, b], [x, y])[0],
+        (X, (1, 2, 3, 3)),
+        (Y, (1, 3, 3, 3)),
+    ),
     OpCase("peer_kl_ce: the middle one of three heads", one_head(1, temperature=2.0), ((3, 5),), ((3, 5), (3, 5))),
     OpCase(
         "peer_kl_ce: taught by an ensemble of others, with an offset",
         one_head(0, temperature=3.0, teachers=[[functional.ENSEMBLE], [0], []], ensemble=[1, 2], target_epsilon=1e-3),
         ((4, 7),),
         ((4, 7), (4, 7)),
+    ),
+    OpCase(
+        "peer_kl_ce: smoothed labels, a weight for every edge",
+        one_head(2, weighted=True, temperature=2.0, label_smoothing=0.1),
+        ((3, 5),),
+        ((3, 5), (3, 5)),
     ),
     OpCase(
         "peer_kl from two peers",
@@ -153,6 +202,16 @@ CASES = [
         (X, (1, 5, 3, 3), X, (1, 5, 3, 3)),
     ),
     OpCase(
+        "aggregate_distance of two maps",
+        lambda a, b, w, t: functional.aggregate_distance([a, b], w, t),
+        (X, X, (2,), X),
+    ),
+    OpCase(
+        "aggregate_distance of one map, a batch of one, summed",
+        lambda a, w, t: functional.aggregate_distance([a], w, t, reduction="sum"),
+        ((1, 3, 5, 7), (1,), (1, 3, 5, 7)),
+    ),
+    OpCase(
         "concat_conv1x1 of two widths",
         lambda a, b, w: functional.concat_conv1x1([a, b], w),
         (X, Y, (4, 5, 1, 1)),
@@ -168,8 +227,24 @@ CASES = [
     OpCase("concat_fuse on running statistics", fuse(False, False), FUSED, is_loss=False),
     OpCase("concat_fuse, the first norm frozen", fuse(False, True), FUSED, is_loss=False),
     OpCase("concat_fuse of a batch of one", fuse(True, True), ((1, 2, 3, 7), (1, 3, 3, 7), *FUSED[2:]), is_loss=False),
+    OpCase("batch_norm_act on batch statistics", norm_act(True, shortcut=False), NORMED[:3], is_loss=False),
+    OpCase(
+        "batch_norm_act of a block's end, a batch of one",
+        norm_act(True),
+        ((1, *X[1:]), (3,), (3,), (1, *X[1:])),
+        is_loss=False,
+    ),
+    OpCase("batch_norm_act with attention maps", norm_act(True, attention_groups=2), NORMED, is_loss=False),
+    OpCase("batch_norm_act on running statistics", norm_act(False, attention_groups=2), NORMED, is_loss=False),
+    OpCase("batch_norm_act without a ReLU", norm_act(True, relu=False), NORMED, is_loss=False),
     OpCase("deep_to_shallow on batch statistics", transform(True), ((2, 4, 3, 2), *CHAIN), is_loss=False),
     OpCase("deep_to_shallow on running statistics", transform(False), ((2, 4, 3, 2), *CHAIN), is_loss=False),
+    OpCase(
+        "deep_to_shallow: two transforms at once, for different sizes",
+        two_transforms,
+        ((2, 4, 3, 2), (2, 4, 3, 2), *CHAIN[:3], *CHAIN[:3]),
+        is_loss=False,
+    ),
     OpCase(
         "deep_to_shallow to odd sizes, a batch of one",
         transform(True, sizes=[(9, 8), (5, 4)]),

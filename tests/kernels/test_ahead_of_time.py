@@ -22,20 +22,27 @@ OPS = {case.op for case in cases()}
 WITH_TRITON = sorted(op for op in OPS if "no triton kernel" not in (_dispatch.why_not(op, "triton") or ""))
 
 
+def few(target, dtype, why):
+    """A short list of cases, compiled for one target."""
+    return pytest.param((target, dtype, True), id=f"sm_{target} {dtype}: {why}", marks=pytest.mark.long)
+
+
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param((90, "bfloat16"), id="sm_90 bfloat16: what an H200 trains with"),
-        pytest.param((90, "float32"), id="sm_90 float32", marks=pytest.mark.long),
-        pytest.param((80, "bfloat16"), id="sm_80 bfloat16: A100", marks=pytest.mark.long),
-        pytest.param((80, "float32"), id="sm_80 float32", marks=pytest.mark.long),
-        pytest.param((100, "bfloat16"), id="sm_100 bfloat16: the next generation", marks=pytest.mark.long),
+        pytest.param((90, "bfloat16", True), id="sm_90 bfloat16: what an H200 trains with"),
+        pytest.param((90, "bfloat16", False), id="sm_90 bfloat16, every case", marks=pytest.mark.long),
+        few(90, "float32", "exact products"),
+        few(80, "bfloat16", "A100"),
+        few(80, "float32", "A100, exact products"),
+        few(100, "bfloat16", "the next generation"),
+        few(100, "float32", "the next generation, exact products"),
     ],
 )
 def target_and_rows(request):
     """The target and what the program says about every kernel compiled for it."""
-    target, dtype = request.param
-    command = [sys.executable, str(PROGRAM), "--targets", str(target), "--dtypes", dtype]
+    target, dtype, short = request.param
+    command = [sys.executable, str(PROGRAM), "--targets", str(target), "--dtypes", dtype, *["--few"] * short]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]

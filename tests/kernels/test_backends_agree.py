@@ -8,7 +8,7 @@ import torch
 
 from fastfuse.errors import BackendUnavailableError
 from fastfuse.kernels import _dispatch
-from fastfuse.testing import assert_within_budget
+from fastfuse.testing import assert_within_budget, in_other_orders
 from tests.kernels.op_cases import CASES, FORMATS
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -43,11 +43,27 @@ def test_triton_equals_the_reference(case, memory_format, dtype, device, monkeyp
     except BackendUnavailableError as error:
         assert "no triton kernel" in str(error)
         pytest.skip(str(error))
-    eager = run(case, moved(tensors, device), "reference", monkeypatch)
+    eager = list(in_other_orders(lambda: run(case, moved(tensors, device), "reference", monkeypatch)))
     exact = [x.detach().double().requires_grad_(x.requires_grad) for x in tensors]
     truth = run(case, exact, "reference", monkeypatch)
-    for i, (a, t, e) in enumerate(zip(ours, truth, eager, strict=True)):
+    for i, (a, t, *e) in enumerate(zip(ours, truth, *eager, strict=True)):
         assert_within_budget(a, t, e, what=f"{case.reason}, result {i}")
+
+
+ONE_OF_EACH = list({case.reason.split(":")[0].split()[0]: case for case in CASES}.values())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", ONE_OF_EACH, ids=lambda case: case.reason)
+def test_a_penalty_on_a_gradient_is_refused(case, device, monkeypatch):
+    """Its own gradient is computed by no kernel: it must not silently be zero, whatever the cotangents are."""
+    monkeypatch.setattr(_dispatch, "_process_default", "triton")
+    tensors = moved(case.tensors(torch.float32), device)
+    outputs = case.outputs(tensors)
+    wanted = [x for x in tensors if x.requires_grad]
+    gradients = torch.autograd.grad(sum(x.sum() for x in outputs if x.requires_grad), wanted, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(g.square().sum() for g in gradients).backward()
 
 
 @pytest.mark.gpu

@@ -32,12 +32,20 @@ def stage(deep=3, shallow=2, kernel=3, norm_channels=None):
     return ff.Stage(maps(deep, shallow, kernel, kernel), norm(norm_channels or shallow))
 
 
+def norm_act(x=X, channels=3, training=False, **options):
+    return ff.batch_norm_act(x, norm(channels)._replace(training=training), **options)
+
+
 def peers(logits=LOGITS, labels=LABELS, temperature=2.0, **options):
     return ff.peer_kl_ce(logits, labels, temperature=temperature, **options)
 
 
 def kl(features=(X,), target=X, temperature=2.0, **options):
     return ff.feature_kl(features, target, temperature=temperature, **options)
+
+
+def aggregate(features, weights=None, target=X):
+    return ff.aggregate_distance(features, maps(2) if weights is None else weights, target)
 
 
 def refused(reason, call, message, error=InputError):
@@ -73,6 +81,14 @@ NORMALIZED_LP = [
     refused("one dimension", lambda: ff.normalized_lp(maps(4), maps(4)), "inputs[0] must have 2 or 3"),
     refused("integers", lambda: ff.normalized_lp(X, INTEGERS), "targets[0] must be a floating-point", TypeError),
     refused("target elsewhere", lambda: ff.normalized_lp(X, ELSEWHERE), "targets[0] is on meta"),
+    refused(
+        "joint: a ready map", lambda: ff.normalized_lp_joint(X, maps(2, 4, 4)), "targets[0] must have 4 dimensions"
+    ),
+    refused("joint: rows", lambda: ff.normalized_lp_joint([X, maps(2, 4)], [X, X]), "inputs[1] must have 4 dimensions"),
+    refused("joint: p = 0", lambda: ff.normalized_lp_joint(X, X, p=0), "p is 1 or 2, not 0"),
+    refused("joint: channels differ", lambda: ff.normalized_lp_joint(X, maps(2, 5, 4, 4)), "targets[0] [2, 5, 4, 4]"),
+    refused("joint: no such reduction", lambda: ff.normalized_lp_joint(X, X, reduction="max"), "reduction is"),
+    refused("joint: target elsewhere", lambda: ff.normalized_lp_joint(X, ELSEWHERE), "targets[0] is on meta"),
     refused("a shape that broadcasts", lambda: ff.normalized_lp(X, maps(2, 1, 4, 4)), "targets[0] [2, 1, 4, 4]"),
     refused(
         "losses per sample of different batches",
@@ -110,6 +126,17 @@ PEERS = [
     refused("teachers of one head only", lambda: peers(teachers=[[1]]), "teachers must name the teachers of each of 2"),
     refused("an empty ensemble", lambda: peers(ensemble=[]), "ensemble must hold heads 0..1"),
     refused("no such head in the ensemble", lambda: peers(ensemble=[0, 2]), "ensemble must hold heads 0..1"),
+    refused("smoothing above 1", lambda: peers(label_smoothing=1.5), "label_smoothing must be between 0 and 1"),
+    refused("smoothing NaN", lambda: peers(label_smoothing=float("nan")), "label_smoothing must be between 0 and 1"),
+    refused("weights as a number", lambda: peers(weights=0.5), "weights must be a tensor, not float", TypeError),
+    refused("integer weights", lambda: peers(weights=torch.tensor(1)), "weights must be a floating-point", TypeError),
+    refused("weights elsewhere", lambda: peers(weights=maps(2, 3, device="meta")), "weights is on meta"),
+    refused("no weight for the ensemble", lambda: peers(weights=maps(2, 2)), "weights must broadcast to [2, 3]"),
+    refused("weights of other heads", lambda: peers(weights=maps(3, 3)), "weights must broadcast to [2, 3]"),
+    refused("weights of three dimensions", lambda: peers(weights=maps(1, 2, 3)), "weights must have 0 or 1 or 2"),
+    refused(
+        "weights to be learned", lambda: peers(weights=maps(2, 3).requires_grad_()), "weights get no gradient; give"
+    ),
     refused("no peer", lambda: ff.peer_kl(LOGITS[0], [], temperature=2.0), "peers must hold at least one"),
     refused("a peer unstacked", lambda: ff.peer_kl(LOGITS[0], LOGITS[1], temperature=2.0), "peers[0] must have 2"),
     refused("other classes", lambda: ff.peer_kl(LOGITS[0], [maps(4, 6)], temperature=2.0), "peers[0] [4, 6]"),
@@ -150,6 +177,17 @@ TRANSFORM = [
     refused("rows too high", lambda: ff.deep_to_shallow(X, [stage()], sizes=[(9, 8)]), "sizes: a map of size 4"),
     refused("columns too few", lambda: ff.deep_to_shallow(X, [stage()], sizes=[(8, 6)]), "sizes: a map of size 4"),
 ]
+NORMED = [
+    refused("three dimensions", lambda: norm_act(X[0]), "x must have 4 dimensions"),
+    refused("integers", lambda: norm_act(INTEGERS), "x must be a floating-point", TypeError),
+    refused("norm of other width", lambda: norm_act(channels=4), "norm.weight must have shape [3]"),
+    refused("one value per channel", lambda: norm_act(X[:1, :, :1, :1], training=True), "norm takes batch statistics"),
+    refused("a shape that broadcasts", lambda: norm_act(residual=X[:1]), "residual must have the shape of x, [2, 3, 4"),
+    refused("a residual elsewhere", lambda: norm_act(residual=ELSEWHERE), "residual is on meta"),
+    refused("a residual of other dtype", lambda: norm_act(residual=X.half()), "residual is torch.float16", TypeError),
+    refused("no network", lambda: norm_act(attention_groups=0), "attention_groups must divide the 3 channels"),
+    refused("networks of other width", lambda: norm_act(attention_groups=2), "attention_groups must divide the 3"),
+]
 FEATURES = [
     refused("no student", lambda: ff.feature_mse([], X), "features must hold at least one"),
     refused("a target missing", lambda: ff.feature_mse([X, X, X], [X, X]), "one target, or one for each of 3"),
@@ -159,6 +197,22 @@ FEATURES = [
     refused("a stack missing", lambda: ff.feature_mse(X, X), "features[0] must have 4 dimensions"),
     refused("integers", lambda: ff.feature_mse([X], INTEGERS), "target of student 0 must be a floating", TypeError),
     refused("target elsewhere", lambda: ff.feature_mse([X], ELSEWHERE), "target of student 0 is on meta"),
+    refused("aggregate: no map", lambda: aggregate([]), "maps must hold 1 to 24 maps, not 0"),
+    refused("aggregate: too many", lambda: aggregate([X] * 25), "maps must hold 1 to 24 maps, not 25"),
+    refused("aggregate: channels differ", lambda: aggregate([X, maps(2, 4, 4, 4)]), "maps[1] [2, 4, 4, 4] must"),
+    refused("aggregate: integers", lambda: aggregate([INTEGERS, X]), "maps[0] must be a floating-point", TypeError),
+    refused("aggregate: a map elsewhere", lambda: aggregate([X, ELSEWHERE]), "maps[1] is on meta"),
+    refused("aggregate: a single map", lambda: aggregate(X), "maps[0] must have 4 dimensions"),
+    refused("aggregate: target rows", lambda: aggregate([X, X], target=maps(2, 4)), "target must have 4 dimensions"),
+    refused("aggregate: a weight missing", lambda: aggregate([X, X, X]), "weights must have shape [3]"),
+    refused("aggregate: one weight", lambda: aggregate([X], torch.ones(())), "weights must have 1 dimensions"),
+    refused("aggregate: weights as a list", lambda: aggregate([X], [1.0]), "weights must be a tensor", TypeError),
+    refused("aggregate: weights elsewhere", lambda: aggregate([X], maps(1, device="meta")), "weights is on meta"),
+    refused(
+        "aggregate: losses per sample",
+        lambda: ff.aggregate_distance([X], maps(1), X, reduction="none"),
+        "reduction is 'mean' or 'sum', not 'none'",
+    ),
     refused("KL: no student", lambda: kl([]), "features must hold at least one"),
     refused("KL: another size", lambda: kl(target=maps(2, 3, 4, 5)), "features[0] [2, 3, 4, 4] and its target"),
     refused("KL: temperature 0", lambda: kl(temperature=0.0), "temperature must be positive, not 0.0"),
@@ -167,7 +221,8 @@ FEATURES = [
 
 
 @pytest.mark.parametrize(
-    ("call", "message", "error"), [*ATTENTION, *NORMALIZED_LP, *DIVERSITY, *PEERS, *FUSION, *TRANSFORM, *FEATURES]
+    ("call", "message", "error"),
+    [*ATTENTION, *NORMALIZED_LP, *DIVERSITY, *PEERS, *FUSION, *TRANSFORM, *NORMED, *FEATURES],
 )
 def test_refused_with_the_argument_named(call, message, error):
     with pytest.raises(error, match=re.escape(message)) as caught:

@@ -145,14 +145,6 @@ def test_only_needed_gradients_are_computed(needed, monkeypatch):
     assert [x.grad is not None for x in tensors] == list(needed)
 
 
-def test_second_derivatives_are_refused():
-    maps, weight, grad = draw((3, 2), 4, 2, (5, 3), torch.float32, FORMATS)
-    out = on_triton(maps, weight)
-    (first,) = torch.autograd.grad(out, weight, grad.requires_grad_(), create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
-
-
 def test_autocast_takes_maps_in_half_and_leaves_the_weights_gradient_in_float32():
     maps, weight, grad = draw((3, 2), 4, 2, (5, 3), torch.float32, FORMATS)
     with torch.autocast("cpu", torch.float16):

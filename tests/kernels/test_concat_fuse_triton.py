@@ -5,7 +5,7 @@ import torch
 
 from fastfuse import functional
 from fastfuse.errors import InputError
-from fastfuse.kernels.concat_fuse import autograd, triton_launch
+from fastfuse.kernels.concat_fuse import layout, op, triton_launch
 from fastfuse.testing import assert_within_budget, relative_l2
 from tests.kernels.op_cases import FORMATS
 from tests.kernels.test_golden_ops import CASES, Arrays, leaf, norm, trained
@@ -53,11 +53,14 @@ class Inputs:
     def leaves(self):
         return [*self.parameters, *self.maps]
 
-    def call(self, modes, backend, **options):
+    def module(self, modes, **options):
         depthwise, weight1, bias1, pointwise, weight2, bias2 = self.parameters
         norm1 = functional.BatchNorm(weight1, bias1, *self.statistics[:2], modes[0], 0.3, 1e-3)
         norm2 = functional.BatchNorm(weight2, bias2, *self.statistics[2:], modes[1])
-        return functional.concat_fuse(self.maps, depthwise, norm1, pointwise, norm2, backend=backend, **options)
+        return functional.Fusion(self.maps, depthwise, norm1, pointwise, norm2, **options)
+
+    def call(self, modes, backend, **options):
+        return functional.concat_fuse_all([self.module(modes, **options)], backend=backend)[0]
 
     def evaluate(self, modes, backend, function=None):
         """Results, running statistics and gradients by name; every result has its own cotangent."""
@@ -91,6 +94,17 @@ def test_large_maps_are_pooled_in_parts(monkeypatch, nan_filled):
         truth = Inputs(*arguments, torch.float64).call((True, True), "reference")
     for name, found in ours._asdict().items():
         assert_within_budget(found, getattr(truth, name), getattr(eager, name), what=name)
+
+
+@pytest.mark.parametrize("shares", [2, 32], ids=["shares of several tiles", "a tile each"])
+def test_positions_are_shared_out(shares, monkeypatch, nan_filled):
+    """More positions than a tile, in shares of several tiles, the last ones ragged."""
+    monkeypatch.setattr(triton_launch, "SHARES", shares)
+    arguments = (3, 2), 4, 3, (9, 11)
+    ours = Inputs(*arguments).evaluate((True, True), "triton")
+    eager, truth = (Inputs(*arguments, d).evaluate((True, True), "reference") for d in (torch.float32, torch.float64))
+    for name, found in ours.items():
+        assert_within_budget(found, truth[name], eager[name], what=name)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
@@ -133,17 +147,61 @@ def test_statistics_do_not_cancel():
         assert relative_l2(ours, truth) <= 1e-5
 
 
-@pytest.mark.parametrize("asked", [(True, False), (False, True), (False, False)], ids=str)
-def test_only_what_is_asked_for_is_given_and_may_be_used_alone(asked):
-    attention, pooled = asked
-    used = "attention" if attention else "pooled" if pooled else "fused"
+@pytest.mark.parametrize("asked", [("fused",), ("attention",), ("pooled",), ("fused", "pooled")], ids="+".join)
+def test_only_what_is_asked_for_is_given_and_may_be_used_alone(asked, nan_filled):
+    options = {name: name in asked for name in ("fused", "attention", "pooled")}
     runs = []
     for dtype, backend in ((torch.float32, "triton"), (torch.float64, "reference")):
         inputs = Inputs((3, 2), 4, 2, (5, 3), dtype)
-        found = inputs.call((True, True), backend, attention=attention, pooled=pooled)
-        assert (found.attention is not None, found.pooled is not None) == asked
-        runs.append(torch.autograd.grad(getattr(found, used).square().sum(), inputs.leaves))
+        found = inputs.call((True, True), backend, **options)
+        assert {name: x is not None for name, x in found._asdict().items()} == options
+        runs.append(torch.autograd.grad(getattr(found, asked[-1]).square().sum(), inputs.leaves))
     assert all(relative_l2(ours, truth) <= 1e-5 for ours, truth in zip(*runs, strict=True))
+
+
+def test_asking_for_nothing_is_refused():
+    with pytest.raises(InputError, match="nothing is asked for: set one of fused, attention and pooled"):
+        Inputs((3,), 4, 2, (5, 3)).call((True, True), "reference", fused=False, attention=False, pooled=False)
+
+
+def fusion_and_mirror(dtype, size=(5, 3)):
+    """A fusion module whose maps take no gradient, and a trans-fusion of which only the attention is wanted."""
+    fusion, mirror = Inputs((3, 2), 4, 2, (5, 3), dtype), Inputs((4,), 18, 2, size, dtype, seed=4)
+    for x in fusion.maps:
+        x.requires_grad_(False)
+    return fusion, mirror
+
+
+def together(backend, dtype, modes, size=(5, 3)):
+    """Results, gradients and running statistics of both modules in one call."""
+    fusion, mirror = fusion_and_mirror(dtype, size)
+    asked = {"fused": False, "pooled": False}
+    both = [fusion.module(modes[0]), mirror.module(modes[1], **asked)]
+    found = [x for module in functional.concat_fuse_all(both, backend=backend) for x in module if x is not None]
+    assert len(found) == 4
+    leaves = [*fusion.parameters, *mirror.leaves]
+    cotangents = [fusion.draw(*x.shape).to(x.dtype) for x in found]
+    return [*found, *torch.autograd.grad(found, leaves, cotangents), *fusion.statistics, *mirror.statistics]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("modes", "size", "launch_sets"),
+    [
+        pytest.param([(True, True)] * 2, (5, 3), 1, id="alike: one launch each"),
+        pytest.param([(False, True)] * 2, (5, 3), 1, id="both first norms frozen"),
+        pytest.param([(True, True), (False, False)], (5, 3), 2, id="modes differ"),
+        pytest.param([(True, True)] * 2, (4, 3), 2, id="sizes differ"),
+    ],
+)
+def test_modules_share_their_launches(modes, size, launch_sets, dtype, monkeypatch, nan_filled):
+    calls, forward = [], torch.ops.fastfuse.concat_fuse_fwd
+    monkeypatch.setattr(torch.ops.fastfuse, "concat_fuse_fwd", lambda *a: calls.append(a) or forward(*a))
+    ours = together("triton", dtype, modes, size)
+    assert len(calls) == launch_sets
+    eager, truth = (together("reference", d, modes, size) for d in (dtype, torch.float64))
+    for i, (a, t, e) in enumerate(zip(ours, truth, eager, strict=True)):
+        assert_within_budget(a, t, e, what=f"result {i}")
 
 
 @pytest.fixture(scope="module", params=[(True, True), (False, False)], ids=str)
@@ -177,11 +235,7 @@ def test_closed_form_equals_autograd(channels, outputs, batch, size, modes, monk
     ours = Inputs(*arguments)
 
     def closed(modes, _):
-        depthwise, weight1, bias1, pointwise, weight2, bias2 = ours.parameters
-        norm1 = functional.BatchNorm(weight1, bias1, *ours.statistics[:2], modes[0], 0.3, 1e-3)
-        norm2 = functional.BatchNorm(weight2, bias2, *ours.statistics[2:], modes[1])
-        found = autograd.fuse(ours.maps, depthwise, norm1, pointwise, norm2, attention=True, pooled=True)
-        return functional.ConcatFuse(*found)
+        return op._kernels([ours.module(modes)])[0]
 
     found = ours.evaluate(modes, None, closed)
     truth = Inputs(*arguments).evaluate(modes, "reference")
@@ -190,12 +244,12 @@ def test_closed_form_equals_autograd(channels, outputs, batch, size, modes, monk
 
 
 def schema_arguments(inputs, modes, asked):
-    d, w1, b1, p, w2, b2 = (x.detach() for x in inputs.parameters)
-    m1, v1, m2, v2 = inputs.statistics
-    first = (None, None, m1, v1) if modes[0] else (m1, v1, None, None)
-    second = (None, None, m2, v2) if modes[1] else (m2, v2, None, None)
-    maps = [x.detach() for x in inputs.maps]
-    return maps, d, w1, b1, *first, 0.1, 1e-5, p, w2, b2, *second, 0.1, 1e-5, *asked
+    running = inputs.statistics
+    split = [[x for i, x in enumerate(running) if modes[i // 2] == mode] for mode in (False, True)]
+    maps, parameters = ([x.detach() for x in tensors] for tensors in (inputs.maps, inputs.parameters))
+    numbers = 0.1, 1e-5, 0.1, 1e-5
+    (module,) = layout.modules_of(maps, [len(maps)], parameters, running, modes, numbers, asked)
+    return maps, [len(maps)], parameters, *split, layout.empty_results(module), modes, numbers, asked
 
 
 @pytest.mark.parametrize(
@@ -210,17 +264,18 @@ def schema_arguments(inputs, modes, asked):
 def test_schemas_hold(interpreter, memory_format, modes, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", interpreter)
     inputs = Inputs((3, 2), 4, 2, (5, 3), formats=[memory_format] * 2)
-    asked = (True, modes[0])
+    asked = (modes[0], True, modes[0])
     arguments = schema_arguments(inputs, modes, asked)
     torch.library.opcheck(torch.ops.fastfuse.concat_fuse_fwd.default, arguments)
-    fused, attention, pooled, hidden, pre, *used = torch.ops.fastfuse.concat_fuse_fwd(*arguments)
-    first = used[0].unbind() if modes[0] else inputs.statistics[:2]
-    second = used[1].unbind() if modes[1] else inputs.statistics[2:]
-    maps, d, w1, b1, p, w2, b2 = *arguments[:4], *arguments[10:13]
-    cotangents = fused, attention, pooled if modes[0] else None
-    backward = (*cotangents, maps, d, w1, b1, *first, 1e-5, modes[0], p, w2, b2, *second, 1e-5, modes[1], hidden, pre)
+    torch.ops.fastfuse.concat_fuse_fwd(*arguments)
+    maps, counts, parameters, _, _, made, training, options, _ = arguments
+    *results, hidden, pre, statistics1, statistics2 = made
+    assert [x.numel() > 0 for x in results] == list(asked)
+    used = [*statistics1.unbind(), *statistics2.unbind()] if modes[0] else inputs.statistics
+    cotangents = [x if given else None for x, given in zip(results, asked, strict=True)]
     needs = [True] * 8 if modes[0] else [False, True] * 4
-    torch.library.opcheck(torch.ops.fastfuse.concat_fuse_bwd.default, (*backward, needs))
+    backward = cotangents, maps, counts, parameters, used, [hidden, pre], training, options, needs
+    torch.library.opcheck(torch.ops.fastfuse.concat_fuse_bwd.default, backward)
 
 
 @pytest.mark.parametrize("mode", MODES)

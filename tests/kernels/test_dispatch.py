@@ -22,10 +22,15 @@ CALLS = {
         lambda **b: functional.attention_mse(X, X, **b),
         lambda **b: functional.attention_map(X, **b),
     ],
-    "normalized_lp": [lambda **b: functional.normalized_lp(X, X, **b)],
+    "aggregate_distance": [lambda **b: functional.aggregate_distance([X], torch.ones(1), X, **b)],
+    "normalized_lp": [
+        lambda **b: functional.normalized_lp(X, X, **b),
+        lambda **b: functional.normalized_lp_joint(X, X, **b),
+    ],
     "diversity_target": [
         lambda **b: functional.diversity_loss(X, X, **b),
         lambda **b: functional.diversity_target(X, **b),
+        lambda **b: functional.diversity(X, X, **b),
     ],
     "peer_kl_ce": [
         lambda **b: functional.peer_kl_ce(LOGITS, torch.zeros(4, dtype=torch.long), temperature=2.0, **b),
@@ -35,11 +40,15 @@ CALLS = {
     "concat_fuse": [
         lambda **b: functional.concat_fuse(
             [X], torch.ones(3, 1, 3, 3), NORMS[0], torch.ones(2, 3, 1, 1), NORMS[1], **b
-        )
+        ),
+        lambda **b: functional.concat_fuse_all(
+            [functional.Fusion([X], torch.ones(3, 1, 3, 3), NORMS[0], torch.ones(2, 3, 1, 1), NORMS[1])], **b
+        ),
     ],
     "deep_to_shallow": [
         lambda **b: functional.deep_to_shallow(X, [functional.Stage(torch.ones(3, 2, 3, 3), NORMS[1])], **b)
     ],
+    "batch_norm_act": [lambda **b: functional.batch_norm_act(X, NORMS[0], **b)],
     "feature_mse": [lambda **b: functional.feature_mse([X], X, **b)],
     "feature_kl": [lambda **b: functional.feature_kl([X], X, temperature=2.0, **b)],
     "augment": [

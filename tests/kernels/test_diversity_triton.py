@@ -1,4 +1,4 @@
-"""diversity_loss and diversity_target through their Triton kernels: against the reference, recordings, closed form."""
+"""The diversity operators through their Triton kernels: against the reference, recordings and the closed form."""
 
 import json
 from pathlib import Path
@@ -10,12 +10,17 @@ import torch
 from fastfuse import functional
 from fastfuse.errors import BackendUnavailableError
 from fastfuse.kernels import _dispatch, _triton
-from fastfuse.kernels.diversity_target import closed_form, reference
+from fastfuse.kernels.diversity_target import closed_form, reference, triton_kernels
 from fastfuse.testing import assert_within_budget, relative_l2
 
-FORMATS = [torch.contiguous_format, torch.channels_last]
-formats = pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
+LAST = torch.channels_last
+formats = pytest.mark.parametrize("memory_format", [torch.contiguous_format, LAST], ids=["contiguous", "channels_last"])
 modes = pytest.mark.parametrize("mode", ["published", "normalized"])
+# The interpreter is slow: half precision, of which single cases are below, runs with the long tests.
+dtypes = pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float32, id="float32"), pytest.param(torch.float16, id="float16", marks=pytest.mark.long)],
+)
 
 
 def draw(shape, dtype=torch.float32, memory_format=torch.contiguous_format):
@@ -55,7 +60,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@dtypes
 @formats
 @pytest.mark.parametrize(("x", "y", "options"), CASES)
 def test_equals_the_reference(x, y, options, memory_format, dtype, nan_filled):
@@ -148,6 +153,130 @@ def test_nan_is_not_hidden(mode):
     assert losses.isnan().tolist() == [False, True]
 
 
+EQUAL = [(2, 3, 3, 4), (2, 3, 3, 4), (2, 3, 3, 4)], [(2, 2, 3, 4), (2, 2, 3, 4), (2, 2, 3, 4)]
+DIFFERENT = [(2, 3, 3, 5), (1, 20, 2, 3), (3, 1, 4, 3)], [(2, 5, 3, 5), (1, 1, 2, 3), (3, 2, 4, 3)]
+LISTS = [
+    pytest.param(EQUAL, {}, id="equal shapes"),
+    pytest.param(DIFFERENT, {"mode": "normalized"}, id="another batch, width and size each, a batch of one"),
+    pytest.param(DIFFERENT, {"reduction": "sum"}, id="the same, summed", marks=pytest.mark.long),
+    pytest.param(EQUAL, {"reduction": "none"}, id="a loss per sample", marks=pytest.mark.long),
+]
+
+
+def run_list(x, y, backend, **options):
+    """Losses, shifted maps, gradients of those x that take one; each loss and sample has its own cotangent."""
+    losses, shifted = functional.diversity(x, y, backend=backend, **options)
+    cotangent = torch.linspace(-1, 2, losses.numel()).view(losses.shape).to(losses.dtype)
+    return [losses, *shifted, *torch.autograd.grad(losses, [a for a in x if a.requires_grad], cotangent)]
+
+
+def list_fits_budget(x, y, **options):
+    ours, eager = (run_list(x, y, backend, **options) for backend in ("triton", "reference"))
+    exact = [a.detach().double().requires_grad_(a.requires_grad) for a in x]
+    truth = run_list(exact, [a.detach().double() for a in y], "reference", **options)
+    for i, (a, t, e) in enumerate(zip(ours, truth, eager, strict=True)):
+        assert_within_budget(a, t, e, what=f"result {i}")
+
+
+def launched(monkeypatch):
+    """Names of the kernels that are launched from now on."""
+    names = []
+    for name in ("fwd_sample", "fwd_reduce", "bwd_map"):
+        kernel = getattr(triton_kernels, f"diversity_target_{name}_kernel")
+        monkeypatch.setattr(
+            triton_kernels, kernel.__name__, Noted(kernel, lambda name=name: names.append(name)), raising=True
+        )
+    return names
+
+
+class Noted:
+    """A kernel whose launches are noted."""
+
+    def __init__(self, kernel, note):
+        self.kernel, self.note = kernel, note
+
+    def __getitem__(self, grid):
+        self.note()
+        return self.kernel[grid]
+
+
+@dtypes
+@formats
+@pytest.mark.parametrize(("shapes", "options"), LISTS)
+def test_lists_take_one_launch_set(shapes, options, memory_format, dtype, monkeypatch, nan_filled):
+    """The middle x needs no gradient, so none is computed: the launch covers two maps."""
+    x, y = ([draw(shape, dtype, memory_format) for shape in side] for side in shapes)
+    for i in (0, 2):
+        x[i].requires_grad_()
+    names = launched(monkeypatch)
+    run_list(x, y, "triton", **options)
+    reduced = ["fwd_reduce"] if options.get("reduction") != "none" else []
+    assert names == ["fwd_sample", *reduced, "bwd_map"]
+    list_fits_budget(x, y, **options)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "a list"])
+def test_both_at_once_are_each_alone(several, monkeypatch):
+    """The same bits, and the single form takes and gives tensors."""
+    x, y = ([draw((2, c, 4, 3)) for _ in range(2)] for c in (3, 2))
+    if not several:
+        x, y = x[0], y[0]
+    loss, shifted = functional.diversity(x, y, backend="triton")
+    names = launched(monkeypatch)
+    alone = functional.diversity_target(y, backend="triton")
+    assert names == ["fwd_sample"], "no loss: nothing to add up"
+    assert torch.equal(loss, functional.diversity_loss(x, y, backend="triton"))
+    assert loss.shape == ((2,) if several else ()) and isinstance(shifted, list) == several
+    for a, b in zip(shifted if several else [shifted], alone if several else [alone], strict=True):
+        assert torch.equal(a, b) and not a.requires_grad
+
+
+def test_pairs_of_different_kinds_in_one_list(nan_filled):
+    """Another dtype, or a ready map, takes launches of its own; the results stand in the order of the pairs."""
+    x = [draw((2, 3, 3, 4)), draw((2, 3, 3, 4), torch.float16), draw((2, 3, 4)), draw((1, 2, 2, 5))]
+    y = [draw((2, 2, 3, 4)), draw((2, 3, 3, 4), torch.float16), draw((2, 3, 3, 4)), draw((1, 3, 2, 5))]
+    list_fits_budget([a.requires_grad_() for a in x], y)
+    ready = [y[0], functional.attention_map(y[3])]
+    assert_within_budget(
+        functional.diversity_loss([x[0], x[3]], ready, backend="triton"),
+        functional.diversity_loss([x[0].double(), x[3].double()], [a.double() for a in ready]),
+        functional.diversity_loss([x[0], x[3]], ready),
+    )
+    targets = functional.diversity_target(y, backend="triton")
+    assert [a.dtype for a in targets] == [a.dtype for a in y]
+    for a, own in zip(targets, y, strict=True):
+        assert_within_budget(a, functional.diversity_target(own.double()), functional.diversity_target(own))
+
+
+def test_more_pairs_than_one_launch_takes(monkeypatch, nan_filled):
+    monkeypatch.setattr("fastfuse.kernels.diversity_target.op.MAX_PAIRS", 2)
+    x, y = ([draw((2, c, 2, 3)) for _ in range(5)] for c in (3, 2))
+    list_fits_budget([a.requires_grad_() for a in x], y)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the mean of no sample: 0 / 0
+def test_an_empty_batch_among_others(nan_filled):
+    """The mean over nothing is not a number; the other pair has its loss and its gradient."""
+    x, y = ([draw((b, 3, 3, 4)) for b in (0, 2)] for _ in range(2))
+    ours, eager = (run_list([a.requires_grad_() for a in x], y, backend) for backend in ("triton", "reference"))
+    assert ours[0].isnan().tolist() == [True, False]
+    for a, e in zip(ours, eager, strict=True):
+        torch.testing.assert_close(a, e, equal_nan=True)
+
+
+def test_gradients_that_nobody_asked_for_take_no_memory(monkeypatch):
+    x, y = ([draw((2, 3, 3, 4)) for _ in range(3)] for _ in range(2))
+    x[1].requires_grad_()
+    losses, shifted = functional.diversity(x, y, backend="triton")
+    assert losses.requires_grad and not any(a.requires_grad for a in shifted)
+    written = []
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda a, **k: written.append(a) or empty_like(a, **k))
+    losses.sum().backward()
+    monkeypatch.undo()
+    assert len(written) == 1 and x[1].grad.isfinite().all()
+
+
 def test_more_samples_than_are_added_at_a_time(monkeypatch, nan_filled):
     monkeypatch.setattr("fastfuse.kernels.diversity_target.triton_kernels.REDUCE_BLOCK", 2)
     fits_budget(draw((5, 2, 2, 3)), draw((5, 2, 2, 3)))
@@ -157,7 +286,13 @@ FOLDER = Path(__file__).parents[1] / "golden"
 RECORDED = [c for c in json.loads((FOLDER / "ops.json").read_text())["cases"] if c["kind"] == "feature"]
 
 
-@formats
+@pytest.mark.parametrize(
+    "memory_format",
+    [
+        pytest.param(torch.contiguous_format, id="contiguous"),
+        pytest.param(LAST, id="channels_last", marks=pytest.mark.long),
+    ],
+)
 @pytest.mark.parametrize("case", RECORDED, ids=lambda c: f"recorded {c['shape']}{' with ties' if c['ties'] else ''}")
 def test_equals_the_recording(case, memory_format, nan_filled):
     names = ("x", "y", "diversity_loss/loss", "diversity_loss/grad_x", "diversity_target")
@@ -172,36 +307,53 @@ def test_equals_the_recording(case, memory_format, nan_filled):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @modes
 def test_closed_form_is_the_derivative(x, y, reduction, mode):
+    """Of a pair that is the second one in a list, the first being smaller in every way."""
     x, y = draw(x, torch.float64).requires_grad_(), draw(y, torch.float64)
+    batch = 2 if reduction == "none" else 1
+    smaller = [draw((batch, *([2] * (x.dim() - 3)), 3, 2), torch.float64), draw((batch, 1, 3, 2), torch.float64)]
     loss = reference.diversity_loss(x, y, mode, reduction)
-    cotangent = torch.randn_like(loss)
-    (truth,) = torch.autograd.grad(loss, x, cotangent)
+    cotangent = torch.randn_like(torch.stack([loss, loss]))
+    (truth,) = torch.autograd.grad(loss, x, cotangent[1])
     with torch.no_grad():
-        ours, slope = closed_form.loss_forward(x, y, mode, reduction)
-        gradient = closed_form.loss_backward(cotangent, x, slope, reduction)
-    assert relative_l2(ours, loss) <= 1e-12 and relative_l2(gradient, truth) <= 1e-12
-    assert relative_l2(closed_form.target_forward(y, mode), reference.diversity_target(y, mode)) <= 1e-12
+        ours, slope, shifted = closed_form.forward([smaller[0], x], [smaller[1], y], mode, reduction, True)
+        (gradient,) = closed_form.backward(cotangent, slope, [x], [1], reduction)
+    assert relative_l2(ours[1], loss) <= 1e-12 and relative_l2(gradient, truth) <= 1e-12
+    assert relative_l2(ours[0], reference.diversity_loss(*smaller, mode, reduction)) <= 1e-12
+    for found, own in zip(shifted, (smaller[1], y), strict=True):
+        assert relative_l2(found, reference.diversity_target(own, mode)) <= 1e-12
 
 
 @formats
-@pytest.mark.parametrize("shape", [(2, 3, 3, 4), (2, 3, 4)], ids=["map", "ready map"])
-def test_schemas(shape, memory_format):
+@pytest.mark.parametrize("interpreted", [True, False], ids=["kernels", "closed form"])
+@pytest.mark.parametrize(
+    "shape", [pytest.param((2, 3, 3, 4), id="map"), pytest.param((2, 3, 4), id="ready map", marks=pytest.mark.long)]
+)
+def test_schemas(shape, interpreted, memory_format, monkeypatch):
+    if not interpreted:
+        monkeypatch.setenv("TRITON_INTERPRET", "0")
     x, y = draw(shape, memory_format=memory_format), draw((2, 2, *shape[-2:]), memory_format=memory_format)
-    operators = torch.ops.fastfuse
-    torch.library.opcheck(operators.diversity_loss_fwd, (x, y, "published", "none"))
-    loss, slope = operators.diversity_loss_fwd(x, y, "published", "mean")
-    torch.library.opcheck(operators.diversity_loss_bwd, (loss, x, slope, "mean"))
-    torch.library.opcheck(operators.diversity_target_fwd, (y, "normalized"))
+    forward, backward = torch.ops.fastfuse.diversity_target_fwd, torch.ops.fastfuse.diversity_target_bwd
+    torch.library.opcheck(forward, ([x, x.clone()], [y, y.clone()], "published", "none", True))
+    torch.library.opcheck(forward, ([], [y], "normalized", "mean", True))
+    losses, slope, shifted = forward([x, x], [y, y], "published", "mean", False)
+    assert shifted == []
+    torch.library.opcheck(backward, (losses, slope, [x], [1], "mean"))
 
 
-@formats
+@pytest.mark.parametrize(
+    "memory_format",
+    [
+        pytest.param(torch.contiguous_format, id="contiguous", marks=pytest.mark.long),
+        pytest.param(LAST, id="channels_last"),
+    ],
+)
 def test_compiles_whole(memory_format):
     x, y = (draw((2, 3, 4, 5), memory_format=memory_format) for _ in range(2))
     x.requires_grad_()
 
     def both(x, y):
-        loss = functional.diversity_loss(x, y, backend="triton")
-        return loss, functional.diversity_target(y, backend="triton")
+        loss, target = functional.diversity(x, y, backend="triton")
+        return loss + functional.diversity_loss([x, 2 * x], [y, y], backend="triton").sum(), target
 
     eager, compiled = both(x, y), torch.compile(both, fullgraph=True, backend="aot_eager")(x, y)
     for a, b in zip(compiled, eager, strict=True):

@@ -64,6 +64,9 @@ def check_feature(case, arrays, memory_format):
         "feature_mse": lambda x, y: functional.normalized_lp(x, y, p=2),
         "diversity_loss": functional.diversity_loss,
     }
+    joint = functional.normalized_lp_joint(arrays["x"], arrays["y"], p=2)
+    arrays.check("feature_mse/loss", joint.feature)
+    arrays.check("attention_mse/loss", joint.attention)
     y = arrays["y"].contiguous(memory_format=memory_format)
     for name, function in losses.items():
         x = leaf(arrays["x"], memory_format)
@@ -81,8 +84,9 @@ def check_feature(case, arrays, memory_format):
 def check_peer_kl_ce(case, arrays, _):
     logits = leaf(arrays["logits"])
     found = functional.peer_kl_ce(logits, arrays["labels"], temperature=case["temperature"])
-    arrays.check("ce_and_kl", torch.stack(found, 1))
-    torch.stack(found).sum().backward()
+    losses = torch.stack([found.cross_entropy, found.divergence], 1)
+    arrays.check("ce_and_kl", losses)
+    losses.sum().backward()
     arrays.check("grad", logits.grad)
 
 

@@ -85,6 +85,19 @@ def test_normalized_lp(shape, p, reduction):
     agrees(functional.normalized_lp([x, x], [y, x], p=p, reduction=reduction)[0], REDUCTIONS[reduction](slow))
 
 
+@reductions
+@pytest.mark.parametrize("p", [1, 2])
+def test_normalized_lp_joint(p, reduction):
+    x, y = [draw(2, 3, 4, 3), draw(2, 4, 2, 3)], [draw(2, 3, 4, 3), draw(2, 4, 2, 3)]
+    found = functional.normalized_lp_joint(x, y, p=p, reduction=reduction)
+    agrees(found.feature, functional.normalized_lp(x, y, p=p, reduction=reduction))
+    slow = [REDUCTIONS[reduction](slow_attention_mse(a, b)) for a, b in zip(x, y, strict=True)]
+    agrees(found.attention, slow)
+    alone = functional.normalized_lp_joint(x[0], y[0], p=p, reduction=reduction)
+    agrees(alone.feature, found.feature[0])
+    agrees(alone.attention, found.attention[0])
+
+
 def slow_shift(sample, mode):
     """t, yh and |att(y)| of one sample."""
     values = slow_attention(sample)
@@ -148,6 +161,8 @@ def slow_divergence(row, teacher, temperature, epsilon=0.0):
         pytest.param(3, {"teachers": [[2], [2], [ENSEMBLE]], "ensemble": [0, 1]}, id="FFL: fused head from two"),
         pytest.param(2, {"teachers": [[ENSEMBLE], [0, ENSEMBLE]]}, id="an ensemble of all, the head itself among them"),
         pytest.param(3, {"target_epsilon": 1e-3}, id="an offset of the targets"),
+        pytest.param(2, {"label_smoothing": 0.2}, id="smoothed labels"),
+        pytest.param(2, {"weights": torch.tensor([[9, 0.5, 9], [2, 9, 9]])}, id="a weight for every edge"),
     ],
 )
 def test_peer_kl_ce(heads, options):
@@ -157,13 +172,21 @@ def test_peer_kl_ce(heads, options):
     teachers = options.get("teachers") or [[j for j in range(heads) if j != i] for i in range(heads)]
     members = options.get("ensemble", range(heads))
     mean_row = [[sum(rows[i][b][k] for i in members) / len(members) for k in range(classes)] for b in range(batch)]
-    cross_entropy, divergence = [], []
+    cross_entropy, divergence, correct = [], [], []
+
+    def weight(head, teacher, own):
+        return options["weights"][head, teacher].item() if "weights" in options else 1 / len(own)
+
     for i, own in enumerate(teachers):
-        losses = [-math.log(slow_softmax(rows[i][b], 1.0)[labels[b]]) for b in range(batch)]
+        smoothing = options.get("label_smoothing", 0.0)
+        wanted = [[(1 - smoothing) * (k == y) + smoothing / classes for k in range(classes)] for y in labels.tolist()]
+        log_p = [[math.log(p) for p in slow_softmax(row, 1.0)] for row in rows[i]]
+        losses = [-sum(w * p for w, p in zip(*pair, strict=True)) for pair in zip(wanted, log_p, strict=True)]
         cross_entropy.append(sum(losses) / batch)
+        correct.append(sum(row.index(max(row)) == y for row, y in zip(rows[i], labels.tolist(), strict=True)))
         losses = [
             slow_divergence(rows[i][b], mean_row[b] if j == ENSEMBLE else rows[j][b], temperature,
-                            options.get("target_epsilon", 0.0)) / len(own)
+                            options.get("target_epsilon", 0.0)) * weight(i, j, own)
             for j in own for b in range(batch)
         ]  # fmt: skip
         divergence.append(sum(losses) / batch)
@@ -171,6 +194,7 @@ def test_peer_kl_ce(heads, options):
         found = functional.peer_kl_ce(form, labels, temperature=temperature, **options)
         agrees(found.cross_entropy, cross_entropy)
         agrees(found.divergence, divergence)
+        assert found.correct.tolist() == correct
 
 
 @reductions
@@ -199,6 +223,20 @@ def test_feature_mse(form):
         goal = target if isinstance(target, torch.Tensor) else target[s]
         slow += slow_mean_power(feature.flatten().tolist(), goal.flatten().tolist())
     agrees(functional.feature_mse(given, target), slow)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_aggregate_distance(count, reduction):
+    maps, weights, target = draw(count, 2, 3, 4, 2), draw(count), draw(2, 3, 4, 2)
+    rows = [x.flatten().tolist() for x in (*maps, target)]
+    *rows, goal = rows
+    slow = sum(
+        (sum(float(w) * row[i] for w, row in zip(weights, rows, strict=True)) - value) ** 2
+        for i, value in enumerate(goal)
+    )
+    slow /= len(goal) if reduction == "mean" else 1
+    agrees(functional.aggregate_distance(maps, weights, target, reduction=reduction), slow)
 
 
 @pytest.mark.parametrize("over", ["positions", "channels"])

@@ -20,8 +20,8 @@ def test_concat_conv1x1(channels):
     agrees(functional.concat_conv1x1(features, weight), slow)
 
 
-def slow_norm_relu(x, norm):
-    """relu(batch norm) of [B, C, H, W], and the running statistics afterwards."""
+def slow_norm(x, norm):
+    """Batch norm of [B, C, H, W], and the running statistics afterwards."""
     mean, var = norm.running_mean.numpy().copy(), norm.running_var.numpy().copy()
     out = np.zeros_like(x)
     for c in range(x.shape[1]):
@@ -33,9 +33,14 @@ def slow_norm_relu(x, norm):
             spread = sum((v - centre) ** 2 for v in values) / count
             mean[c] += norm.momentum * (centre - mean[c])
             var[c] += norm.momentum * (spread * count / (count - 1) - var[c])
-        scaled = (x[:, c] - centre) / math.sqrt(spread + norm.eps) * float(norm.weight[c]) + float(norm.bias[c])
-        out[:, c] = np.maximum(scaled, 0)
+        out[:, c] = (x[:, c] - centre) / math.sqrt(spread + norm.eps) * float(norm.weight[c]) + float(norm.bias[c])
     return out, mean, var
+
+
+def slow_norm_relu(x, norm):
+    """relu(batch norm) of [B, C, H, W], and the running statistics afterwards."""
+    out, mean, var = slow_norm(x, norm)
+    return np.maximum(out, 0), mean, var
 
 
 def random_norm(channels, training, momentum=0.1, eps=1e-5):
@@ -64,6 +69,25 @@ def test_concat_fuse(channels, modes):
     for norm, (mean, var) in zip(norms, (after1, after2), strict=True):
         agrees(norm.running_mean, mean)
         agrees(norm.running_var, var)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("residual", "relu"), list(product([True, False], repeat=2)))
+def test_batch_norm_act(residual, relu, training):
+    networks, width = 3, 2
+    x, shortcut = draw(2, networks * width, 3, 4), draw(2, networks * width, 3, 4)
+    norm = random_norm(networks * width, training, momentum=0.3, eps=1e-3)
+    slow, mean, var = slow_norm(x.numpy(), norm)
+    slow = slow + shortcut.numpy() if residual else slow
+    slow = np.maximum(slow, 0) if relu else slow
+    found = functional.batch_norm_act(
+        x, norm, residual=shortcut if residual else None, relu=relu, attention_groups=networks
+    )
+    agrees(found.out, slow)
+    own = [[slow[b, s * width : (s + 1) * width] for b in range(2)] for s in range(networks)]
+    agrees(found.attention, [[sum(plane**2 for plane in planes) / width for planes in batch] for batch in own])
+    agrees(norm.running_mean, mean)
+    agrees(norm.running_var, var)
 
 
 def slow_transposed(x, weight, size):

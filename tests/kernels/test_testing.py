@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastfuse.testing import relative_l2
+from fastfuse.testing import assert_within_budget, in_other_orders, relative_l2
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,23 @@ def test_relative_l2(ours, truth, error):
 def test_shapes_are_not_broadcast():
     with pytest.raises(ValueError, match="differ"):
         relative_l2(torch.ones(2, 1), torch.ones(2))
+
+
+def test_the_budget_is_that_of_the_worst_order():
+    truth = torch.ones(4, dtype=torch.float64)
+    eager = [truth.float(), truth.float() * (1 + 1e-3)]
+    assert_within_budget(truth.float() * (1 + 1.9e-3), truth, eager)
+    with pytest.raises(AssertionError, match="budget"):
+        assert_within_budget(truth.float() * (1 + 2.1e-3), truth, eager)
+    with pytest.raises(AssertionError, match="budget"):
+        assert_within_budget(truth.float() * (1 + 1.9e-3), truth, eager[0])
+
+
+def test_other_orders_leave_the_settings_as_they_were():
+    before = torch.get_num_threads(), torch.backends.mkldnn.enabled
+    seen = list(in_other_orders(lambda: [torch.get_num_threads(), torch.backends.mkldnn.enabled]))
+    assert seen == [[1, True], [1, False], [2, True], [2, False]]
+    orders = in_other_orders(lambda: [1 / 0])
+    with pytest.raises(ZeroDivisionError):
+        next(orders)
+    assert (torch.get_num_threads(), torch.backends.mkldnn.enabled) == before

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastfuse.kernels import _library
+from fastfuse.kernels._autograd import first_derivatives_only
 from fastfuse.kernels.attention_mse import closed_form
 from fastfuse.kernels.attention_mse.layout import gradient_like
 
@@ -20,48 +20,46 @@ class AttentionMap(torch.autograd.Function):
     """Attention [B, H, W] of the concatenation of maps; every map has one stride for its positions."""
 
     @staticmethod
-    def forward(ctx: Any, *features: Tensor) -> Tensor:
+    def forward(ctx: Any, backend: str, *features: Tensor) -> Tensor:
         """One launch, which reads every map once."""
-        ctx.total = sum(x.shape[1] for x in features)
-        ctx.save_for_backward(*compress(features, ctx.needs_input_grad))
-        return torch.ops.fastfuse.attention_map_fwd(features)
+        ctx.ops, ctx.total = _library.namespace(backend), sum(x.shape[1] for x in features)
+        ctx.save_for_backward(*compress(features, ctx.needs_input_grad[1:]))
+        return ctx.ops.attention_map_fwd(features)
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         """One launch for all the features that need it."""
-        found = iter(torch.ops.fastfuse.attention_map_bwd(cotangent, ctx.saved_tensors, ctx.total))
-        return tuple(next(found) if asked else None for asked in ctx.needs_input_grad)
+        found = iter(ctx.ops.attention_map_bwd(cotangent, ctx.saved_tensors, ctx.total))
+        return None, *(next(found) if asked else None for asked in ctx.needs_input_grad[1:])
 
 
 class AttentionMse(torch.autograd.Function):
     """Losses [P] or [P, B] of P inputs and as many targets; every map has one stride for its positions."""
 
     @staticmethod
-    def forward(ctx: Any, reduction: str, *maps: Tensor) -> Tensor:
+    def forward(ctx: Any, backend: str, reduction: str, *maps: Tensor) -> Tensor:
         """Saves the small attention maps, and of the maps those that need a gradient."""
-        pairs = len(maps) // 2
-        losses, attention, stats = torch.ops.fastfuse.attention_mse_fwd(maps[:pairs], maps[pairs:], reduction)
+        pairs, ctx.ops = len(maps) // 2, _library.namespace(backend)
+        losses, attention, stats = ctx.ops.attention_mse_fwd(maps[:pairs], maps[pairs:], reduction)
         starts = [0]
         for x in maps[:pairs]:
             starts.append(starts[-1] + x.shape[0] * x.shape[-2] * x.shape[-1])
-        ctx.places = [i for i, asked in enumerate(ctx.needs_input_grad[1:]) if asked]
+        ctx.places = [i for i, asked in enumerate(ctx.needs_input_grad[2:]) if asked]
         ctx.starts = [starts[i % pairs] for i in ctx.places]
         ctx.reduction = reduction
         ctx.save_for_backward(attention, stats, *(maps[i] for i in ctx.places))
         return losses
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         """One launch for all the maps that need it."""
         attention, stats, *wanted = ctx.saved_tensors
         found = iter(
-            torch.ops.fastfuse.attention_mse_bwd(
-                cotangent, attention, stats, wanted, ctx.places, ctx.starts, ctx.reduction
-            )
+            ctx.ops.attention_mse_bwd(cotangent, attention, stats, wanted, ctx.places, ctx.starts, ctx.reduction)
         )
-        return None, *(next(found) if asked else None for asked in ctx.needs_input_grad[1:])
+        return None, None, *(next(found) if asked else None for asked in ctx.needs_input_grad[2:])
 
 
 def _accumulated(x: Tensor) -> torch.dtype:

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from fastfuse.errors import InputError
-from fastfuse.kernels import _dispatch, _numerics, _triton
+from fastfuse.kernels import _dispatch, _extension, _numerics, _triton
 from fastfuse.kernels.attention_mse import reference
 from fastfuse.kernels.attention_mse.autograd import AttentionMap, AttentionMse
 
-_dispatch.register("attention_mse", {"triton": _triton.why_not, "reference": None})
+# Triton first as long as no measured row puts CUDA C++ before it.
+_dispatch.register("attention_mse", {"triton": _triton.why_not, "cuda": _extension.why_not, "reference": None})
 
 # Addresses and strides travel as kernel parameters, of which there may be 4 KiB: about 60 bytes a map.
 MAX_PAIRS = 32
@@ -33,9 +34,10 @@ def attention_map(features: Tensor | Sequence[Tensor], *, backend: str = "auto")
     for s, feature in enumerate(features):
         _numerics.check_floating(f"features[{s}]", feature, (4,))
         _check_grid(f"features[{s}]", feature, "features[0]", features[0])
-    if {_dispatch.resolve("attention_mse", backend, x) for x in features} != {"triton"}:
+    backend = _served(backend, features)
+    if backend == "reference":
         return reference.attention_map(features)
-    return AttentionMap.apply(*(_triton.map_strides(x)[0] for x in features))
+    return AttentionMap.apply(backend, *(_triton.map_strides(x)[0] for x in features))
 
 
 def attention_mse(
@@ -72,19 +74,26 @@ def attention_mse(
         _numerics.check_floating(f"targets[{i}]", y, (3, 4))
         _check_grid(f"targets[{i}]", y, f"inputs[{i}]", x)
     _numerics.check_stackable(pairs, reduction)
-    if {_dispatch.resolve("attention_mse", backend, x) for pair in pairs for x in pair} != {"triton"}:
+    backend = _served(backend, [x for pair in pairs for x in pair])
+    if backend == "reference":
         losses = [reference.attention_mse(x, y, reduction) for x, y in pairs]
         return losses[0] if single else torch.stack(losses)
-    losses = _launches(pairs, reduction)
+    losses = _launches(pairs, reduction, backend)
     return losses.view(losses.shape[1:]) if single else losses
 
 
-def _launches(pairs: Sequence[tuple[Tensor, Tensor]], reduction: str) -> Tensor:
+def _served(backend: str, maps: Sequence[Tensor]) -> str:
+    """The backend that serves all maps; the reference where they would go different ways."""
+    found = {_dispatch.resolve("attention_mse", backend, x) for x in maps}
+    return found.pop() if len(found) == 1 else "reference"
+
+
+def _launches(pairs: Sequence[tuple[Tensor, Tensor]], reduction: str, backend: str) -> Tensor:
     groups = _groups(pairs)
     rows: list[Tensor | None] = [None] * len(pairs)
     for members in groups:
         maps = [_triton.map_strides(pairs[i][side])[0] for side in (0, 1) for i in members]
-        losses = AttentionMse.apply(reduction, *maps)
+        losses = AttentionMse.apply(backend, reduction, *maps)
         if len(groups) == 1:
             return losses
         for i, row in zip(members, losses.unbind(0), strict=True):

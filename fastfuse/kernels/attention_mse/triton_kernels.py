@@ -11,7 +11,15 @@ from torch import Tensor
 from fastfuse.kernels import _triton
 from fastfuse.kernels._device import ordered_sum, pick, pick_pointer, table
 from fastfuse.kernels.attention_mse.layout import gradient_like
-from fastfuse.kernels.attention_mse.triton_maps import TILE, WARPS, rescale, square_sum, tile_sides
+from fastfuse.kernels.attention_mse.triton_maps import (
+    TILE,
+    WARPS,
+    compare_maps,
+    map_gradient,
+    rescale,
+    square_sum,
+    tile_sides,
+)
 
 REDUCE_BLOCK = 1024
 # In place of a channel count: the map is an attention map already.
@@ -39,13 +47,6 @@ def _attention(
 
 
 @triton.jit
-def _scales(a_square, t_square):
-    """Norms of two maps and what normalises them."""
-    a_norm, t_norm = tl.sqrt_rn(tl.sum(a_square)), tl.sqrt_rn(tl.sum(t_square))
-    return a_norm, t_norm, 1 / tl.maximum(a_norm, 1e-12), 1 / tl.maximum(t_norm, 1e-12)
-
-
-@triton.jit
 def attention_mse_fwd_pair_kernel(
     inputs, input_layout, targets, target_layout, extents, maps, half, stats, losses, row,
     INPUT: tl.constexpr, READY_INPUT: tl.constexpr, TARGET: tl.constexpr, READY_TARGET: tl.constexpr,
@@ -69,25 +70,10 @@ def attention_mse_fwd_pair_kernel(
             t_square += t * t
             tl.store(own + position, a, mask=inside)
             tl.store(goal + position, t, mask=inside)
-        a_norm, t_norm, a_scale, t_scale = _scales(a_square, t_square)
         # The maps come back from memory, perhaps to other threads of the block than those that wrote them.
         tl.debug_barrier()
-        square, a_dot = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
-        t_dot = tl.zeros((BLOCK_N,), tl.float32)
-        for first in range(0, positions, BLOCK_N):
-            position = first + tl.arange(0, BLOCK_N)
-            a = tl.load(own + position, mask=position < positions, other=0) * a_scale
-            t = tl.load(goal + position, mask=position < positions, other=0) * t_scale
-            difference = a - t
-            square += difference * difference
-            a_dot += a * difference
-            t_dot -= t * difference
         place, plane = pair * row + sample, tl.num_programs(1) * row
-        tl.store(losses + place, tl.div_rn(tl.sum(square), tl.zeros((), tl.float32) + positions))
-        tl.store(stats + place, a_norm)
-        tl.store(stats + plane + place, t_norm)
-        tl.store(stats + 2 * plane + place, tl.sum(a_dot))
-        tl.store(stats + 3 * plane + place, tl.sum(t_dot))
+        compare_maps(own, goal, positions, a_square, t_square, losses + place, stats + place, plane, BLOCK_N)
 
 
 @triton.jit
@@ -99,23 +85,6 @@ def attention_mse_fwd_reduce_kernel(per_sample, row, batches, losses, MEAN: tl.c
     if MEAN:
         loss = tl.div_rn(loss, tl.zeros((), tl.float32) + batch)
     tl.store(losses + pair, loss)
-
-
-@triton.jit
-def _map_gradient(cotangent, strides, maps, half, stats, plane, row, pair, side, sample, start, position, positions):
-    """Gradient with respect to one sample's attention map at some positions: 2 (e - (ah.e) ah) / (N |a|)."""
-    place = pair * row + sample
-    norm, other_norm = tl.load(stats + side * plane + place), tl.load(stats + (1 - side) * plane + place)
-    dot = tl.load(stats + (2 + side) * plane + place)
-    inside = position < positions
-    # Scaled as in the forward, so that the dot, taken there, removes what rounding of the scales adds along ah.
-    own = tl.load(maps + side * half + start + position, mask=inside, other=0) * (1 / tl.maximum(norm, 1e-12))
-    other = tl.load(maps + (1 - side) * half + start + position, mask=inside, other=0)
-    other = other * (1 / tl.maximum(other_norm, 1e-12))
-    # A map without a direction has no gradient; eager multiplies by 1e12 there.
-    slope = tl.where(norm < 1e-12, 0.0, 2 / (tl.maximum(norm, 1e-12) * positions))
-    upstream = tl.load(cotangent + pair * strides[0] + sample * strides[1])
-    return slope * upstream * (own - other - dot * own)
 
 
 @triton.jit
@@ -132,7 +101,7 @@ def attention_mse_bwd_kernel(
         inside = position < positions
         pair, side = pick(extents[3], item), pick(extents[4], item)
         start = pick(extents[2], item) + sample * positions
-        slope = _map_gradient(
+        slope = map_gradient(
             cotangent, cotangent_strides, maps, half, stats, plane, row, pair, side, sample, start, position, positions
         )
         if MEAN:

@@ -48,6 +48,51 @@ def rescale(
 
 
 @triton.jit
+def compare_maps(own, goal, positions, a_square, t_square, loss, stats, plane, BLOCK_N: tl.constexpr):
+    """Squared distance of two attention maps of one sample in memory, each divided by its norm.
+
+    a_square and t_square hold partial sums of the maps' squares. Stores the mean over positions and, `plane` apart in
+    stats, both norms and the dots ah.(ah - th) and th.(th - ah) that the backward needs.
+    """
+    a_norm, t_norm = tl.sqrt_rn(tl.sum(a_square)), tl.sqrt_rn(tl.sum(t_square))
+    a_scale, t_scale = tl.maximum(a_norm, 1e-12), tl.maximum(t_norm, 1e-12)
+    square, a_dot = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+    t_dot = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, positions, BLOCK_N):
+        position = first + tl.arange(0, BLOCK_N)
+        # Divided as eager divides: a product with 1 / |a| would let two maps of one position differ.
+        a = tl.div_rn(tl.load(own + position, mask=position < positions, other=0), a_scale)
+        t = tl.div_rn(tl.load(goal + position, mask=position < positions, other=0), t_scale)
+        difference = a - t
+        square += difference * difference
+        a_dot += a * difference
+        t_dot -= t * difference
+    tl.store(loss, tl.div_rn(tl.sum(square), tl.zeros((), tl.float32) + positions))
+    tl.store(stats, a_norm)
+    tl.store(stats + plane, t_norm)
+    tl.store(stats + 2 * plane, tl.sum(a_dot))
+    tl.store(stats + 3 * plane, tl.sum(t_dot))
+
+
+@triton.jit
+def map_gradient(cotangent, strides, maps, half, stats, plane, row, pair, side, sample, start, position, positions):
+    """Gradient with respect to one sample's attention map at some positions: 2 (e - (ah.e) ah) / (N |a|)."""
+    place = pair * row + sample
+    norm, other_norm = tl.load(stats + side * plane + place), tl.load(stats + (1 - side) * plane + place)
+    dot = tl.load(stats + (2 + side) * plane + place)
+    inside = position < positions
+    # Scaled as in the forward, so that the dot, taken there, removes what rounding adds along ah.
+    own = tl.load(maps + side * half + start + position, mask=inside, other=0)
+    own = tl.div_rn(own, tl.maximum(norm, 1e-12))
+    other = tl.load(maps + (1 - side) * half + start + position, mask=inside, other=0)
+    other = tl.div_rn(other, tl.maximum(other_norm, 1e-12))
+    # A map without a direction has no gradient; eager multiplies by 1e12 there.
+    slope = tl.where(norm < 1e-12, 0.0, 2 / (tl.maximum(norm, 1e-12) * positions))
+    upstream = tl.load(cotangent + pair * strides[0] + sample * strides[1])
+    return slope * upstream * (own - other - dot * own)
+
+
+@triton.jit
 def attention_map_fwd_kernel(
     features, strides, channels, attention, positions, total, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr
 ):

@@ -1,16 +1,16 @@
 """Schemas, fakes and autograd functions of both operators; torch only, kernels are loaded when first executed."""
 
 from collections.abc import Sequence
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastfuse.kernels import _library
-from fastfuse.kernels._numerics import BatchNorm
-from fastfuse.kernels.concat_fuse import closed_form
-from fastfuse.kernels.concat_fuse.layout import Norm, empty_map, gradient_of, gradient_of_weight
+from fastfuse.kernels._autograd import first_derivatives_only
+from fastfuse.kernels.concat_fuse import closed_form, layout
+from fastfuse.kernels.concat_fuse.layout import empty_map, gradient_of
 
 
 def _conv1x1_fwd_fake(features: Sequence[Tensor], weight: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class ConcatConv1x1(torch.autograd.Function):
         return torch.ops.fastfuse.concat_conv1x1_fwd(features, weight)
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the weight and of each map, where needed."""
         weight, *features = ctx.saved_tensors
@@ -61,119 +61,125 @@ class ConcatConv1x1(torch.autograd.Function):
 
 
 def _fuse_fwd_fake(
-    features: Sequence[Tensor], depthwise: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    norm1, pointwise, norm2, (attention, pooled) = Norm(*rest[:8]), rest[8], Norm(*rest[9:17]), rest[17:]
-    first, outputs = features[0], pointwise.shape[0]
-    batch, _, height, width = first.shape
-    wide = torch.promote_types(first.dtype, torch.float32)
-    return (
-        empty_map(first, outputs),
-        first.new_empty((batch, height, width) if attention else (0,), dtype=wide),
-        first.new_empty((batch, outputs) if pooled else (0,)),
-        empty_map(first, pointwise.shape[1]),
-        empty_map(first, outputs),
-        norm1.statistics(first),
-        norm2.statistics(first),
-    )
+    features: Sequence[Tensor], counts: Sequence[int], parameters: Sequence[Tensor], frozen: Sequence[Tensor],
+    running: Sequence[Tensor], results: Sequence[Tensor], training: Sequence[bool], options: Sequence[float],
+    asked: Sequence[bool],
+) -> None:  # fmt: skip
+    """Nothing is returned."""
 
 
 def _fuse_bwd_fake(
-    of_fused: Tensor | None, of_attention: Tensor | None, of_pooled: Tensor | None,
-    features: Sequence[Tensor], depthwise: Tensor, weight1: Tensor, bias1: Tensor, mean1: Tensor, var1: Tensor,
-    eps1: float, training1: bool, pointwise: Tensor, weight2: Tensor, bias2: Tensor, mean2: Tensor, var2: Tensor,
-    eps2: float, training2: bool, hidden: Tensor, pre: Tensor, needs: Sequence[bool],
+    cotangents: Sequence[Tensor | None], features: Sequence[Tensor], counts: Sequence[int],
+    parameters: Sequence[Tensor], statistics: Sequence[Tensor], kept: Sequence[Tensor], training: Sequence[bool],
+    options: Sequence[float], needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
-    vectors = [torch.empty_like(x) for x in (weight1, bias1, weight2, bias2)]
-    found = [gradient_of_weight(depthwise), *vectors[:2], torch.empty_like(pointwise), *vectors[2:]]
-    found += [gradient_of(x) for x in features]
-    return [x for x, needed in zip(found, needs, strict=True) if needed]
+    modules = layout.modules_of(features, counts, parameters, statistics, training, options)
+    return [x for own in layout.empty_gradients(modules, needs) for x in own if x is not None]
 
 
-def _norm_signature(i: int, alias: str) -> str:
-    mean, var = alias
-    return (
-        f"Tensor weight{i}, Tensor bias{i}, Tensor? mean{i}, Tensor? var{i}, Tensor({mean}!)? running_mean{i}, "
-        f"Tensor({var}!)? running_var{i}, float momentum{i}, float eps{i}"
-    )
-
-
+# Statistics of norms in evaluation mode come as `frozen`, those that a forward in training mode updates as `running`.
+# Results are handed in: torch.compile takes no operator that both changes tensors and returns a list of them.
 _library.define(
     "concat_fuse_fwd",
-    f"(Tensor[] features, Tensor depthwise, {_norm_signature(1, 'ab')}, Tensor pointwise, {_norm_signature(2, 'cd')}, "
-    "bool attention, bool pooled) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor[] features, int[] counts, Tensor[] parameters, Tensor[] frozen, Tensor(a!)[] running,"
+    " Tensor(b!)[] results, bool[2] training, float[] options, bool[] asked) -> ()",
     fake=_fuse_fwd_fake,
     closed_form=closed_form.concat_fuse_fwd,
     launcher="fastfuse.kernels.concat_fuse.triton_launch:launch_fwd",
+    joined="fastfuse.kernels.concat_fuse.joined:launch_fwd",
 )
 _library.define(
     "concat_fuse_bwd",
-    "(Tensor? of_fused, Tensor? of_attention, Tensor? of_pooled, Tensor[] features, Tensor depthwise, Tensor weight1, "
-    "Tensor bias1, Tensor mean1, Tensor var1, float eps1, bool training1, Tensor pointwise, Tensor weight2, "
-    "Tensor bias2, Tensor mean2, Tensor var2, float eps2, bool training2, Tensor hidden, Tensor pre, bool[] needs) "
-    "-> Tensor[]",
+    "(Tensor?[] cotangents, Tensor[] features, int[] counts, Tensor[] parameters, Tensor[] statistics, Tensor[] kept,"
+    " bool[2] training, float[] options, bool[] needs) -> Tensor[]",
     fake=_fuse_bwd_fake,
     closed_form=closed_form.concat_fuse_bwd,
     launcher="fastfuse.kernels.concat_fuse.triton_launch:launch_bwd",
+    joined="fastfuse.kernels.concat_fuse.joined:launch_bwd",
 )
 
 
-def fuse(
-    features: Sequence[Tensor],
-    depthwise: Tensor,
-    norm1: BatchNorm,
-    pointwise: Tensor,
-    norm2: BatchNorm,
-    *,
-    attention: bool,
-    pooled: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The fused map, its attention map and its spatial mean, the latter two where asked for."""
-    statistics = norm1.running_mean, norm1.running_var, norm2.running_mean, norm2.running_var
-    options = *norm1[4:], *norm2[4:], attention, pooled
-    parameters = depthwise, norm1.weight, norm1.bias, pointwise, norm2.weight, norm2.bias
-    fused, energy, mean = ConcatFuse.apply(options, *statistics, *parameters, *features)
-    return fused, energy if attention else None, mean if pooled else None
+class Options(NamedTuple):
+    """What a call is told besides its tensors.
+
+    Attributes:
+        counts: maps of each module.
+        training: of the first norms, of the second norms.
+        numbers: momentum1, eps1, momentum2, eps2 of each module.
+        asked: fused map, attention map and spatial mean, of each module.
+        backend: "triton" or "cuda".
+    """
+
+    counts: tuple[int, ...]
+    training: tuple[bool, bool]
+    numbers: tuple[float, ...]
+    asked: tuple[bool, ...]
+    backend: str
 
 
 class ConcatFuse(torch.autograd.Function):
-    """The fusion module; saves its inputs, the statistics used, the first ReLU's output and the second norm's input."""
+    """M fusion modules of one size and one mode; saves their inputs, the statistics used and two maps of each.
+
+    The maps are the first ReLU's output and the second norm's input.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, options: tuple, mean1: Tensor, var1: Tensor, mean2: Tensor, var2: Tensor, *tensors: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Fused map, attention map and spatial mean; the latter two empty where not asked for."""
-        training1, momentum1, eps1, training2, momentum2, eps2, attention, pooled = options
-        depthwise, weight1, bias1, pointwise, weight2, bias2, *features = tensors
-        used1 = (None, None, mean1, var1) if training1 else (mean1, var1, None, None)
-        used2 = (None, None, mean2, var2) if training2 else (mean2, var2, None, None)
-        fused, energy, mean, hidden, pre, statistics1, statistics2 = torch.ops.fastfuse.concat_fuse_fwd(
-            features, depthwise, weight1, bias1, *used1, momentum1, eps1,
-            pointwise, weight2, bias2, *used2, momentum2, eps2, attention, pooled,
-        )  # fmt: skip
-        statistics1 = statistics1.unbind() if training1 else (mean1, var1)
-        statistics2 = statistics2.unbind() if training2 else (mean2, var2)
-        ctx.save_for_backward(*tensors, *statistics1, *statistics2, hidden, pre)
-        ctx.options = eps1, training1, eps2, training2
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*[x for x, asked in ((energy, attention), (mean, pooled)) if not asked])
-        return fused, energy, mean
+    def forward(ctx: Any, options: Options, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Fused map, attention map and spatial mean of each module, empty where not asked for.
 
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, of_fused: Tensor | None, of_attention: Tensor | None, of_pooled: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        """Gradients of the parameters and of each map, where needed."""
-        depthwise, weight1, bias1, pointwise, weight2, bias2, *features, mean1, var1, mean2, var2, hidden, pre = (
-            ctx.saved_tensors
+        `tensors`: four running statistics of each module, six parameters of each, then the maps of all.
+        """
+        modules, training = len(options.counts), options.training
+        running, parameters = tensors[: 4 * modules], tensors[4 * modules : 10 * modules]
+        features = tensors[10 * modules :]
+        split = [[x for i, x in enumerate(running) if training[i % 4 // 2] == mode] for mode in (False, True)]
+        called = layout.modules_of(
+            features, options.counts, parameters, running, training, options.numbers, options.asked
         )
-        eps1, training1, eps2, training2 = ctx.options
-        needs = ctx.needs_input_grad[5:]
-        saved1 = depthwise, weight1, bias1, mean1, var1, eps1, training1
-        saved2 = pointwise, weight2, bias2, mean2, var2, eps2, training2
-        cotangents = of_fused, of_attention, of_pooled
-        backward = torch.ops.fastfuse.concat_fuse_bwd
-        found = iter(backward(*cotangents, features, *saved1, *saved2, hidden, pre, needs))
-        return None, None, None, None, None, *[next(found) if needed else None for needed in needs]
+        results = [result for module in called for result in layout.empty_results(module)]
+        _library.namespace(options.backend).concat_fuse_fwd(
+            features, options.counts, parameters, *split, results, training, options.numbers, options.asked
+        )
+        found, kept, used = [], [], []
+        for m in range(modules):
+            *given, hidden, pre, statistics1, statistics2 = results[layout.RESULTS * m : layout.RESULTS * (m + 1)]
+            found += given
+            kept += [hidden, pre]
+            for i, statistics in enumerate((statistics1, statistics2)):
+                used += statistics.unbind() if training[i] else running[4 * m + 2 * i : 4 * m + 2 * i + 2]
+        ctx.save_for_backward(*used, *parameters, *kept, *features)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*[x for x, asked in zip(found, options.asked, strict=True) if not asked])
+        return tuple(found)
+
+    @staticmethod
+    @first_derivatives_only
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of the parameters and of each map, where needed."""
+        options, modules = ctx.options, len(ctx.options.counts)
+        statistics, parameters, kept, features = _split(ctx.saved_tensors, 4 * modules, 6 * modules, 2 * modules)
+        asked = ctx.needs_input_grad[1 + 4 * modules :]
+        maps, needs = iter(asked[6 * modules :]), []
+        for m, count in enumerate(options.counts):
+            needs += [*asked[6 * m : 6 * m + 6], *islice(maps, count)]
+        backward = _library.namespace(options.backend).concat_fuse_bwd
+        gradients = iter(
+            backward(
+                cotangents, features, options.counts, parameters, statistics, kept, options.training, options.numbers,
+                needs,
+            )
+        )  # fmt: skip
+        found = iter([next(gradients) if needed else None for needed in needs])
+        own = [(list(islice(found, 6)), list(islice(found, count))) for count in options.counts]
+        of_parameters, of_maps = ([x for parts in own for x in parts[i]] for i in (0, 1))
+        return None, *[None] * (4 * modules), *of_parameters, *of_maps
+
+
+def _split(tensors: Sequence[Tensor], *lengths: int) -> list[Sequence[Tensor]]:
+    """Consecutive parts of the lengths given, and the rest."""
+    found = []
+    for length in lengths:
+        found.append(tensors[:length])
+        tensors = tensors[length:]
+    return [*found, tensors]

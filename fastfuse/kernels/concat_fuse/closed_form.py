@@ -4,14 +4,14 @@ For CPU tensors, and for tests that hold the formulas to autograd in float64. No
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from fastfuse.kernels._numerics import accumulate
-from fastfuse.kernels.concat_fuse.layout import Norm, empty_map, gradient_of, gradient_of_weight
+from fastfuse.kernels.concat_fuse import layout
+from fastfuse.kernels.concat_fuse.layout import Module, Norm, empty_map, gradient_of
 
 
 def concat_conv1x1_fwd(features: Sequence[Tensor], weight: Tensor) -> Tensor:
@@ -37,43 +37,48 @@ def concat_conv1x1_bwd(
 
 
 def concat_fuse_fwd(
-    features: Sequence[Tensor], depthwise: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fused map, its attention and mean, the first ReLU's output, the second norm's input, batch statistics."""
-    norm1, pointwise, norm2, (attention, pooled) = Norm(*rest[:8]), rest[8], Norm(*rest[9:17]), rest[17:]
-    first = features[0]
-    x, statistics1 = _normalise(_filtered(features, depthwise), norm1)
-    hidden = empty_map(first, x.shape[1]).copy_(x.relu())
-    pre = concat_conv1x1_fwd([hidden], pointwise)
-    x, statistics2 = _normalise(pre, norm2)
-    fused = empty_map(first, x.shape[1]).copy_(x.relu())
-    wide = accumulate(fused)
-    energy = wide.square().mean(1) if attention else wide.new_empty(0)
-    mean = wide.mean((2, 3)).to(fused.dtype) if pooled else fused.new_empty(0)
-    return fused, energy, mean, hidden, pre, statistics1, statistics2
+    features: Sequence[Tensor], counts: Sequence[int], parameters: Sequence[Tensor], frozen: Sequence[Tensor],
+    running: Sequence[Tensor], results: Sequence[Tensor], training: Sequence[bool], options: Sequence[float],
+    asked: Sequence[bool],
+) -> None:  # fmt: skip
+    """Fill the results: those of `layout.empty_results` for each module in turn."""
+    statistics = layout.in_order(frozen, running, training, len(counts))
+    modules = layout.modules_of(features, counts, parameters, statistics, training, options, asked)
+    for module, own in zip(modules, layout.per_module(results), strict=True):
+        _forward(module, *own)
 
 
-def _filtered(features: Sequence[Tensor], depthwise: Tensor) -> Tensor:
-    taps = depthwise.to(features[0].dtype).split([x.shape[1] for x in features])
-    pairs = zip(features, taps, strict=True)
+def _forward(
+    module: Module, fused: Tensor, attention: Tensor, pooled: Tensor, hidden: Tensor, pre: Tensor,
+    statistics1: Tensor, statistics2: Tensor,
+) -> None:  # fmt: skip
+    hidden.copy_(_normalise(_filtered(module), module.norm1, statistics1).relu())
+    pre.copy_(concat_conv1x1_fwd([hidden], module.pointwise))
+    y = _normalise(pre, module.norm2, statistics2).relu().to(pre.dtype)
+    wide = accumulate(y)
+    wanted = y, wide.square().mean(1), wide.mean((2, 3))
+    for out, value, given in zip((fused, attention, pooled), wanted, module.asked, strict=True):
+        if given:
+            out.copy_(value)
+
+
+def _filtered(module: Module) -> Tensor:
+    taps = module.depthwise.to(module.features[0].dtype).split([x.shape[1] for x in module.features])
+    pairs = zip(module.features, taps, strict=True)
     return torch.cat([functional.conv2d(x, w, padding=1, groups=x.shape[1]) for x, w in pairs], 1)
 
 
-def _normalise(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    """Batch norm of a map in its accumulation dtype, and the batch's statistics; updates the running ones."""
+def _normalise(x: Tensor, norm: Norm, statistics: Tensor) -> Tensor:
+    """Batch norm of a map in its accumulation dtype; fills the batch's statistics and updates the running ones."""
     x = accumulate(x)
-    statistics = norm.statistics(x)
     mean, var = norm.mean, norm.var
-    if norm.training:
-        count = x.numel() // x.shape[1]
-        if count:
-            mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
-            norm.running_mean.mul_(1 - norm.momentum).add_(mean, alpha=norm.momentum)
-            norm.running_var.mul_(1 - norm.momentum).add_(var, alpha=norm.momentum * count / (count - 1))
-            statistics.copy_(torch.stack([mean, var]))
-        else:
-            mean, var = norm.running_mean, norm.running_var
-    return _standardise(x, mean, var, norm.eps) * _column(norm.weight) + _column(norm.bias), statistics
+    count = x.numel() // x.shape[1]
+    if norm.training and count:
+        mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+        norm.mean.mul_(1 - norm.momentum).add_(mean, alpha=norm.momentum)
+        norm.var.mul_(1 - norm.momentum).add_(var, alpha=norm.momentum * count / (count - 1))
+        statistics.copy_(torch.stack([mean, var]))
+    return _standardise(x, mean, var, norm.eps) * _column(norm.weight) + _column(norm.bias)
 
 
 def _column(x: Tensor) -> Tensor:
@@ -85,14 +90,26 @@ def _standardise(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
 
 
 def concat_fuse_bwd(
-    of_fused: Tensor | None, of_attention: Tensor | None, of_pooled: Tensor | None,
-    features: Sequence[Tensor], depthwise: Tensor, weight1: Tensor, bias1: Tensor, mean1: Tensor, var1: Tensor,
-    eps1: float, training1: bool, pointwise: Tensor, weight2: Tensor, bias2: Tensor, mean2: Tensor, var2: Tensor,
-    eps2: float, training2: bool, hidden: Tensor, pre: Tensor, needs: Sequence[bool],
+    cotangents: Sequence[Tensor | None], features: Sequence[Tensor], counts: Sequence[int],
+    parameters: Sequence[Tensor], statistics: Sequence[Tensor], kept: Sequence[Tensor], training: Sequence[bool],
+    options: Sequence[float], needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients, where needed, of depthwise, weight1, bias1, pointwise, weight2, bias2 and the maps, in this order."""
-    x = _standardise(pre, mean2, var2, eps2)
-    y = (x * _column(weight2) + _column(bias2)).relu()
+    """The gradients that are needed, of each module's six parameters and its maps."""
+    modules = layout.modules_of(features, counts, parameters, statistics, training, options)
+    found = layout.empty_gradients(modules, needs)
+    for m, (module, gradients) in enumerate(zip(modules, found, strict=True)):
+        values = _backward(module, cotangents[3 * m : 3 * m + 3], *kept[2 * m : 2 * m + 2])
+        for out, value in zip(gradients, values, strict=True):
+            if out is not None:
+                out.copy_(value)
+    return [x for gradients in found for x in gradients if x is not None]
+
+
+def _backward(module: Module, cotangents: Sequence[Tensor | None], hidden: Tensor, pre: Tensor) -> list[Tensor]:
+    first, second = module.norm1, module.norm2
+    x = _standardise(pre, second.mean, second.var, second.eps)
+    y = (x * _column(second.weight) + _column(second.bias)).relu()
+    of_fused, of_attention, of_pooled = cotangents
     g = torch.zeros_like(x)
     if of_fused is not None:
         g = g + of_fused
@@ -100,35 +117,25 @@ def concat_fuse_bwd(
         g = g + of_attention[:, None] * y * (2 / y.shape[1])
     if of_pooled is not None:
         g = g + of_pooled[:, :, None, None] / (y.shape[2] * y.shape[3])
-    of_pre, of_weight2, of_bias2 = _through_norm(g * (y > 0), x, weight2, var2, eps2, training2)
-    of_hidden, of_pointwise = concat_conv1x1_bwd(of_pre.to(pre.dtype), [hidden], pointwise, [True], True)
-    x = _standardise(_filtered(features, depthwise), mean1, var1, eps1)
-    g = accumulate(of_hidden) * (hidden > 0)
-    of_filtered, of_weight1, of_bias1 = _through_norm(g, x, weight1, var1, eps1, training1)
-    of_filtered = of_filtered.to(pre.dtype)
-    widths = [f.shape[1] for f in features]
+    of_pre, of_weight2, of_bias2 = _through_norm(g * (y > 0), x, second)
+    of_hidden, of_pointwise = concat_conv1x1_bwd(of_pre.to(pre.dtype), [hidden], module.pointwise, [True], True)
+    x = _standardise(_filtered(module), first.mean, first.var, first.eps)
+    of_filtered, of_weight1, of_bias1 = _through_norm(accumulate(of_hidden) * (hidden > 0), x, first)
+    widths = [f.shape[1] for f in module.features]
+    taps = module.depthwise.to(pre.dtype).split(widths)
     of_features, of_taps = [], []
-    taps = depthwise.to(pre.dtype).split(widths)
-    for f, k, z in zip(features, taps, of_filtered.split(widths, 1), strict=True):
+    for f, k, z in zip(module.features, taps, of_filtered.to(pre.dtype).split(widths, 1), strict=True):
         options = [1, 1], [1, 1], [1, 1], False, [0, 0], f.shape[1], [True, True, False]
         of_feature, of_tap, _ = torch.ops.aten.convolution_backward(z.contiguous(), f, k, None, *options)
-        of_features.append(gradient_of(f).copy_(of_feature))
+        of_features.append(of_feature)
         of_taps.append(of_tap)
-    of_depthwise = gradient_of_weight(depthwise).copy_(torch.cat(of_taps))
-    vectors = [
-        torch.empty_like(parameter).copy_(found)
-        for parameter, found in ((weight1, of_weight1), (bias1, of_bias1), (weight2, of_weight2), (bias2, of_bias2))
-    ]
-    found = [of_depthwise, *vectors[:2], of_pointwise, *vectors[2:], *of_features]
-    return [x for x, needed in zip(found, needs, strict=True) if needed]
+    return [torch.cat(of_taps), of_weight1, of_bias1, of_pointwise, of_weight2, of_bias2, *of_features]
 
 
-def _through_norm(
-    g: Tensor, x: Tensor, weight: Tensor, var: Tensor, eps: float, training: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _through_norm(g: Tensor, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a norm's input, weight and bias, from its output's and its standardised values."""
     of_bias, of_weight = g.sum((0, 2, 3)), (g * x).sum((0, 2, 3))
     count = g.numel() // g.shape[1]
-    if training and count:
+    if norm.training and count:
         g = g - (_column(of_bias) + x * _column(of_weight)) / count
-    return g * (_column(weight) / (_column(var) + eps).sqrt()), of_weight, of_bias
+    return g * (_column(norm.weight) / (_column(norm.var) + norm.eps).sqrt()), of_weight, of_bias

@@ -7,23 +7,44 @@ import torch
 from torch import Tensor
 
 from fastfuse.errors import InputError
-from fastfuse.kernels import _dispatch, _numerics, _triton
+from fastfuse.kernels import _dispatch, _extension, _numerics, _triton
 from fastfuse.kernels._numerics import BatchNorm
 from fastfuse.kernels.concat_fuse import autograd, reference
 
 _dispatch.register("concat_conv1x1", {"triton": _triton.why_not, "reference": None})
-_dispatch.register("concat_fuse", {"triton": _triton.why_not, "reference": None})
+
+
+def _why_not_cuda(tensor: Tensor | None) -> str | None:
+    """Its part in CUDA C++ is joined with Triton kernels for the rest."""
+    return _triton.why_not(tensor) or _extension.why_not(tensor)
+
+
+# Triton first as long as no measured row puts CUDA C++ before it.
+_dispatch.register("concat_fuse", {"triton": _triton.why_not, "cuda": _why_not_cuda, "reference": None})
 
 
 class ConcatFuse(NamedTuple):
     """`fused` [B, C_out, H, W]; `attention` [B, H, W], its attention map, and `pooled` [B, C_out], its spatial mean.
 
-    The latter two are None where they were not asked for.
+    None where not asked for.
     """
 
-    fused: Tensor
+    fused: Tensor | None
     attention: Tensor | None
     pooled: Tensor | None
+
+
+class Fusion(NamedTuple):
+    """One fusion module for `concat_fuse_all`; the fields are the arguments of `concat_fuse`."""
+
+    features: Sequence[Tensor]
+    depthwise: Tensor
+    norm1: BatchNorm
+    pointwise: Tensor
+    norm2: BatchNorm
+    fused: bool = True
+    attention: bool = True
+    pooled: bool = True
 
 
 def concat_conv1x1(features: Sequence[Tensor], weight: Tensor, *, backend: str = "auto") -> Tensor:
@@ -56,6 +77,7 @@ def concat_fuse(
     pointwise: Tensor,
     norm2: BatchNorm,
     *,
+    fused: bool = True,
     attention: bool = True,
     pooled: bool = True,
     backend: str = "auto",
@@ -71,7 +93,8 @@ def concat_fuse(
         norm1: batch norm over C; its running statistics are updated in training mode.
         pointwise: [C_out, C, 1, 1].
         norm2: batch norm over C_out, likewise.
-        attention, pooled: whether to give the attention map and the spatial mean of the fused map.
+        fused, attention, pooled: whether to give the fused map, its attention map and its spatial mean; at least one.
+            A fused map that nobody asks for is not written.
         backend: "auto", "reference", "triton" or "cuda".
 
     Returns:
@@ -79,24 +102,94 @@ def concat_fuse(
 
     Raises:
         InputError, TypeError: maps of different batch, size, dtype or device, or weights or norms of other shapes.
+        BackendUnavailableError: the backend asked for cannot serve here.
     """
-    features = list(features)
-    total = _check_features(features)
+    module = Fusion(features, depthwise, norm1, pointwise, norm2, fused, attention, pooled)
+    return concat_fuse_all([module], backend=backend)[0]
+
+
+def concat_fuse_all(modules: Sequence[Fusion], *, backend: str = "auto") -> list[ConcatFuse]:
+    """Several fusion modules that do not depend on each other, such as fusion and trans-fusion of one step.
+
+    Modules whose maps agree in batch, size and dtype, and whose norms agree in mode, share their launches.
+
+    Args:
+        modules: each with the arguments of `concat_fuse`.
+        backend: "auto", "reference", "triton" or "cuda".
+
+    Returns:
+        One ConcatFuse per module.
+
+    Raises:
+        InputError, TypeError, BackendUnavailableError: as `concat_fuse`.
+    """
+    modules = [module._replace(features=list(module.features)) for module in modules]
+    if not modules:
+        raise InputError("modules must hold at least one fusion module")
+    for module in modules:
+        _check_module(module)
+    served = {_dispatch.resolve("concat_fuse", backend, module.features[0]) for module in modules}
+    if served == {"reference"}:
+        return [_reference(module) for module in modules]
+    backend = "cuda" if served == {"cuda"} else "triton"
+    groups: dict[tuple, list[int]] = {}
+    for i, module in enumerate(modules):
+        _check_kernel_norms(module.features[0], norm1=module.norm1, norm2=module.norm2)
+        weights = {"pointwise": module.pointwise, "depthwise": module.depthwise}
+        modules[i] = module._replace(features=_as_convolved(module.features, **weights))
+        groups.setdefault(_launch_key(modules[i]), []).append(i)
+    found: dict[int, ConcatFuse] = {}
+    for members in groups.values():
+        found |= zip(members, _kernels([modules[i] for i in members], backend), strict=True)
+    return [found[i] for i in range(len(modules))]
+
+
+def _check_module(module: Fusion) -> None:
+    total = _check_features(module.features)
+    depthwise, pointwise = module.depthwise, module.pointwise
     _check_weight("depthwise", depthwise, (total, 1, 3, 3))
     _check_weight("pointwise", pointwise, (pointwise.shape[0], total, 1, 1))
-    _numerics.check_batch_norm("norm1", norm1, total)
-    _numerics.check_batch_norm("norm2", norm2, pointwise.shape[0])
-    if _dispatch.resolve("concat_fuse", backend, features[0]) != "reference":
-        _check_kernel_norms(features[0], norm1=norm1, norm2=norm2)
-        features = _as_convolved(features, pointwise=pointwise, depthwise=depthwise)
-        found = autograd.fuse(features, depthwise, norm1, pointwise, norm2, attention=attention, pooled=pooled)
-        return ConcatFuse(*found)
-    fused = reference.concat_fuse(features, depthwise, norm1, pointwise, norm2)
+    _numerics.check_batch_norm("norm1", module.norm1, total)
+    _numerics.check_batch_norm("norm2", module.norm2, pointwise.shape[0])
+    if not (module.fused or module.attention or module.pooled):
+        raise InputError("nothing is asked for: set one of fused, attention and pooled")
+
+
+def _reference(module: Fusion) -> ConcatFuse:
+    fused = reference.concat_fuse(*module[:5])
     return ConcatFuse(
-        fused,
-        _numerics.attention(fused) if attention else None,
-        fused.mean((2, 3)) if pooled else None,
+        fused if module.fused else None,
+        _numerics.attention(fused) if module.attention else None,
+        fused.mean((2, 3)) if module.pooled else None,
     )
+
+
+def _launch_key(module: Fusion) -> tuple:
+    """What modules that share a launch have in common."""
+    first, norms = module.features[0], (module.norm1, module.norm2)
+    tensors = (first, module.depthwise, module.pointwise, *(x for norm in norms for x in norm[:4]))
+    size = first.shape[0], *first.shape[2:]
+    return (*size, first.device, *(norm.training for norm in norms), *(x.dtype for x in tensors))
+
+
+def _kernels(modules: Sequence[Fusion], backend: str) -> list[ConcatFuse]:
+    norms = [norm for module in modules for norm in (module.norm1, module.norm2)]
+    asked = tuple(flag for module in modules for flag in module[5:])
+    options = autograd.Options(
+        tuple(len(module.features) for module in modules),
+        (norms[0].training, norms[1].training),
+        tuple(number for norm in norms for number in (norm.momentum, norm.eps)),
+        asked,
+        backend,
+    )
+    running = [x for norm in norms for x in (norm.running_mean, norm.running_var)]
+    parameters = [
+        x for m in modules for x in (m.depthwise, *m.norm1[:2], m.pointwise, *m.norm2[:2])
+    ]  # the order of layout.Module.parameters
+    features = [x for module in modules for x in module.features]
+    results = autograd.ConcatFuse.apply(options, *running, *parameters, *features)
+    given = [x if flag else None for x, flag in zip(results, asked, strict=True)]
+    return [ConcatFuse(*given[3 * m : 3 * m + 3]) for m in range(len(modules))]
 
 
 def _check_features(features: list[Tensor]) -> int:

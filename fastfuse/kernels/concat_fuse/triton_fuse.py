@@ -1,14 +1,16 @@
-"""concat_fuse in Triton: kernels. The 1x1 products are those of concat_conv1x1; the launchers are in triton_launch.py.
+"""concat_fuse in Triton: kernels of the forward. The 1x1 products are those of concat_conv1x1.
 
-The depthwise output is never stored: it is computed again, unrounded, wherever it is needed (9 products a value).
-Statistics are taken per tile as mean and sum of squared differences, and merged by Chan's formula in a fixed order.
+Every launch serves all modules of a call. The depthwise output is never stored: it is computed again, unrounded,
+wherever it is needed (9 products a value). Statistics are taken per share of the positions as mean and sum of squared
+differences, and merged by Chan's formula in a fixed order, for the first norm by the programs that need them.
 """
 
 import triton
 import triton.language as tl
 
 from fastfuse.kernels._device import pick, pick_pointer
-from fastfuse.kernels.concat_fuse.triton_kernels import at, locate, store_moments
+from fastfuse.kernels.concat_fuse.triton_kernels import moments
+from fastfuse.kernels.concat_fuse.triton_tables import at, locate
 
 
 @triton.jit
@@ -30,268 +32,175 @@ def convolve(
 
 
 @triton.jit
-def filtered_tile(
-    features, strides_b, strides_c, strides_n, channels, firsts, depthwise, tap_c, tap_i, tap_j,
-    positions, height, width, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Depthwise output of this program's tile, with its positions and channels of the concatenation and their masks."""
-    which, begin = locate(channels, tl.program_id(1), CHANNELS)
-    p = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
+def channel_tile(maps, CHANNELS: tl.constexpr):
+    """This program's map and module, channels of the map, in its module and among all maps, and which there are."""
+    which, begin = locate(maps.channels, tl.program_id(1), CHANNELS)
     c = begin + tl.arange(0, CHANNELS)
-    inside, present = p < positions, c < pick(channels, which)
-    stride_n = pick(strides_n, which)
-    base = pick_pointer(features, which) + c[None, :] * pick(strides_c, which)
-    base += at(p, height * width, pick(strides_b, which), stride_n)[:, None]
-    c += pick(firsts, which)
-    z = convolve(
-        base, stride_n, depthwise + c * tap_c, tap_i, tap_j, p % (height * width) // width, p % width, height, width,
-        inside, present, POSITIONS, CHANNELS,
+    inner, whole = c + pick(maps.inner, which), c + pick(maps.first, which)
+    return which, pick(maps.owners, which), c, inner, whole, c < pick(maps.channels, which)
+
+
+@triton.jit
+def filtered(
+    maps, which, taps, owner, c, inner, present, p, inside, height, width,
+    POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Depthwise output at positions p of this program's channels."""
+    spatial, stride_n = height * width, pick(maps.n, which)
+    base = pick_pointer(maps.pointers, which) + c[None, :] * pick(maps.c, which)
+    base += at(p, spatial, pick(maps.b, which), stride_n)[:, None]
+    weights = pick_pointer(taps.pointers, owner) + inner * pick(taps.c, owner)
+    return convolve(
+        base, stride_n, weights, pick(taps.i, owner), pick(taps.j, owner), p % spatial // width, p % width,
+        height, width, inside, present, POSITIONS, CHANNELS,
     )  # fmt: skip
-    return z, p, c, inside, present
 
 
 @triton.jit
-def standardise(x, mean, var, eps, c, present):
+def merged_moments(partial, tiles, tile_positions, positions, total_channels, c, present, ROWS: tl.constexpr):
+    """Mean and biased variance from the moments [2, tiles, C] of shares of the positions, in a fixed order."""
+    near = tl.load(partial + c, mask=present, other=0.0)
+    mean, squares = tl.zeros_like(near), tl.zeros_like(near)
+    for start in range(0, tiles, ROWS):
+        tile = start + tl.arange(0, ROWS)
+        count = tl.minimum(positions - tile * tile_positions, tile_positions).to(tl.float32)[:, None]
+        mask = (tile < tiles)[:, None] & present[None, :]
+        apart = tl.load(partial + tile[:, None] * total_channels + c[None, :], mask=mask, other=0.0) - near[None, :]
+        mean += tl.sum(tl.where(mask, apart * count, 0.0), 0)
+    mean = near + mean / positions
+    for start in range(0, tiles, ROWS):
+        tile = start + tl.arange(0, ROWS)
+        count = tl.minimum(positions - tile * tile_positions, tile_positions).to(tl.float32)[:, None]
+        mask = (tile < tiles)[:, None] & present[None, :]
+        place = partial + tile[:, None] * total_channels + c[None, :]
+        apart = tl.load(place, mask=mask, other=0.0) - mean[None, :]
+        within = tl.load(place + tiles * total_channels, mask=mask, other=0.0)
+        squares += tl.sum(tl.where(mask, within + apart * apart * count, 0.0), 0)
+    return mean, squares / positions
+
+
+@triton.jit
+def keep_statistics(norms, owner, c, present, channels, mean, var, positions):
+    """Statistics for the backward, and the running ones as torch updates them: by one program per channel."""
+    place = pick_pointer(norms.statistics, owner) + c
+    tl.store(place, mean, mask=present)
+    tl.store(place + channels, var, mask=present)
+    momentum = pick(norms.momentum, owner)
+    place = pick_pointer(norms.mean, owner) + c
+    old = tl.load(place, mask=present, other=0.0).to(tl.float32)
+    tl.store(place, (1 - momentum) * old + momentum * mean, mask=present)
+    place = pick_pointer(norms.var, owner) + c
+    old = tl.load(place, mask=present, other=0.0).to(tl.float32)
+    unbiased = var * (positions / (positions - 1.0))
+    tl.store(place, (1 - momentum) * old + momentum * unbiased, mask=present)
+
+
+@triton.jit
+def at_channels(pointers, owner, c, present):
+    """A module's vector at some channels, in float32."""
+    return tl.load(pick_pointer(pointers, owner) + c, mask=present, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def standardise(x, mean, var, eps, present):
     """A tile minus its channels' means, over their standard deviations; and the inverse of the latter."""
-    inverse = tl.rsqrt(tl.load(var + c, mask=present, other=1.0).to(tl.float32) + eps)
-    centre = tl.load(mean + c, mask=present, other=0.0).to(tl.float32)
-    return (x - centre[None, :]) * inverse[None, :], inverse
+    inverse = tl.rsqrt(tl.where(present, var, 1.0) + eps)
+    return (x - mean[None, :]) * inverse[None, :], inverse
 
 
 @triton.jit
-def scale_shift_relu(x, weight, bias, c, present):
-    """relu(weight x + bias) per channel; NaN stays NaN, as in torch."""
-    scale = tl.load(weight + c, mask=present, other=0.0).to(tl.float32)
-    y = x * scale[None, :] + tl.load(bias + c, mask=present, other=0.0).to(tl.float32)[None, :]
+def scale_shift_relu(x, scale, shift):
+    """relu(scale x + shift) per channel; NaN stays NaN, as in torch."""
+    y = x * scale[None, :] + shift[None, :]
     return tl.where(y < 0, 0.0, y)
 
 
 @triton.jit
-def store_or_apply(
-    g, x, inverse, weight, partial, sums, out, offsets, mask, c, present, positions, total_channels, BATCH: tl.constexpr
-):
-    """Backward of a batch norm on a tile of cotangents `g` and standardised values `x`.
-
-    Where `partial` [2, tiles, C] is given, the tile's sums of g and of g x; else, with their totals in `sums` [2, C]
-    where the batch's statistics were used, the gradient of the norm's input.
-    """
-    if partial is not None:
-        # These sums cancel (a norm's gradients have none): float64 keeps them as good as eager's.
-        place = partial + tl.program_id(0) * total_channels + c
-        tl.store(place, tl.sum(g.to(tl.float64), 0), mask=present)
-        tl.store(place + tl.num_programs(0) * total_channels, tl.sum((g * x).to(tl.float64), 0), mask=present)
-    else:
-        if BATCH:
-            of_bias = tl.load(sums + c, mask=present, other=0.0) / positions
-            of_weight = tl.load(sums + total_channels + c, mask=present, other=0.0) / positions
-            g -= of_bias[None, :] + x * of_weight[None, :]
-        scale = tl.load(weight + c, mask=present, other=0.0).to(tl.float32) * inverse
-        tl.store(out + offsets, g * scale[None, :], mask=mask)
+def concat_fuse_fwd_moments_kernel(
+    maps, taps, partial, positions, height, width, total_channels, chunk,
+    POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Moments [2, shares, C] of the depthwise output over this program's share of the positions."""
+    which, owner, c, inner, whole, present = channel_tile(maps, CHANNELS)
+    share = tl.program_id(0)
+    mean, squares = tl.zeros((CHANNELS,), tl.float32), tl.zeros((CHANNELS,), tl.float32)
+    for start in range(share * chunk, tl.minimum((share + 1) * chunk, positions), POSITIONS):
+        p = start + tl.arange(0, POSITIONS)
+        inside = p < positions
+        z = filtered(
+            maps, which, taps, owner, c, inner, present, p, inside, height, width, POSITIONS, CHANNELS
+        )  # fmt: skip
+        own_mean, own_squares = moments(z, inside)
+        before, new = (start - share * chunk).to(tl.float32), tl.sum(inside.to(tl.float32))
+        apart = own_mean - mean
+        mean += apart * (new / (before + new))
+        squares += own_squares + apart * apart * (before * new / (before + new))
+    tl.store(partial + share * total_channels + whole, mean, mask=present)
+    tl.store(partial + (tl.num_programs(0) + share) * total_channels + whole, squares, mask=present)
 
 
 @triton.jit
-def concat_fuse_fwd_depthwise_kernel(
-    features, strides_b, strides_c, strides_n, channels, firsts, depthwise, tap_c, tap_i, tap_j,
-    mean, var, eps, weight, bias, hidden, hidden_b, hidden_c, hidden_n, partial,
-    positions, height, width, total_channels, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
+def concat_fuse_fwd_hidden_kernel(
+    maps, taps, norms, partial, hidden, positions, height, width, total_channels, chunk,
+    ROWS: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Moments of the depthwise output's tiles where `partial` is given, else relu(batch norm) of it into `hidden`."""
-    z, p, c, inside, present = filtered_tile(
-        features, strides_b, strides_c, strides_n, channels, firsts, depthwise, tap_c, tap_i, tap_j,
-        positions, height, width, POSITIONS, CHANNELS,
-    )  # fmt: skip
+    """relu(batch norm) of the depthwise output; by the batch's statistics where their `partial` moments are given."""
+    which, owner, c, inner, whole, present = channel_tile(maps, CHANNELS)
+    share, spatial = tl.program_id(0), height * width
     if partial is not None:
-        store_moments(partial, z, c, inside, present, total_channels)
+        shares = tl.num_programs(0)
+        mean, var = merged_moments(partial, shares, chunk, positions, total_channels, whole, present, ROWS)
+        if share == 0:
+            keep_statistics(norms, owner, inner, present, pick(hidden.channels, owner), mean, var, positions)
     else:
-        x, _ = standardise(z, mean, var, eps, c, present)
-        offsets = at(p, height * width, hidden_b, hidden_n)[:, None] + c[None, :] * hidden_c
-        y = scale_shift_relu(x, weight, bias, c, present)
-        tl.store(hidden + offsets, y, mask=inside[:, None] & present[None, :])
+        mean, var = at_channels(norms.mean, owner, inner, present), at_channels(norms.var, owner, inner, present)
+    scale, shift = at_channels(norms.weight, owner, inner, present), at_channels(norms.bias, owner, inner, present)
+    out = pick_pointer(hidden.pointers, owner) + inner[None, :] * pick(hidden.c, owner)
+    for start in range(share * chunk, tl.minimum((share + 1) * chunk, positions), POSITIONS):
+        p = start + tl.arange(0, POSITIONS)
+        inside = p < positions
+        z = filtered(
+            maps, which, taps, owner, c, inner, present, p, inside, height, width, POSITIONS, CHANNELS
+        )  # fmt: skip
+        x, _ = standardise(z, mean, var, pick(norms.eps, owner), present)
+        offsets = at(p, spatial, pick(hidden.b, owner), pick(hidden.n, owner))[:, None]
+        tl.store(out + offsets, scale_shift_relu(x, scale, shift), mask=inside[:, None] & present[None, :])
 
 
 @triton.jit
 def concat_fuse_fwd_merge_kernel(
-    partial, statistics, running_mean, running_var, momentum, tiles, tile_positions, positions, channels,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Mean and biased variance of the batch from its tiles' moments; running statistics as torch updates them."""
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    present = c < channels
-    near = tl.load(partial + c, mask=present, other=0.0)
-    total = tl.zeros((CHANNELS,), tl.float32)
-    for start in range(0, tiles, ROWS):
-        tile = start + tl.arange(0, ROWS)
-        count = tl.minimum(positions - tile * tile_positions, tile_positions).to(tl.float32)[:, None]
-        mask = (tile < tiles)[:, None] & present[None, :]
-        place = partial + tile[:, None] * channels + c[None, :]
-        apart = tl.load(place, mask=mask, other=0.0) - near[None, :]
-        total += tl.sum(tl.where(mask, apart * count, 0.0), 0)
-    mean = near + total / positions
-    squares = tl.zeros((CHANNELS,), tl.float32)
-    for start in range(0, tiles, ROWS):
-        tile = start + tl.arange(0, ROWS)
-        count = tl.minimum(positions - tile * tile_positions, tile_positions).to(tl.float32)[:, None]
-        mask = (tile < tiles)[:, None] & present[None, :]
-        place = partial + tile[:, None] * channels + c[None, :]
-        apart = tl.load(place, mask=mask, other=0.0) - mean[None, :]
-        within = tl.load(place + tiles * channels, mask=mask, other=0.0)
-        squares += tl.sum(tl.where(mask, within + apart * apart * count, 0.0), 0)
-    tl.store(statistics + c, mean, mask=present)
-    tl.store(statistics + channels + c, squares / positions, mask=present)
-    old = tl.load(running_mean + c, mask=present, other=0.0).to(tl.float32)
-    tl.store(running_mean + c, (1 - momentum) * old + momentum * mean, mask=present)
-    old = tl.load(running_var + c, mask=present, other=0.0).to(tl.float32)
-    tl.store(running_var + c, (1 - momentum) * old + momentum * squares / (positions - 1), mask=present)
+    pre, norms, partial, tiles, tile_positions, positions, total_channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """Statistics of the second norms from the moments of the products' tiles."""
+    which, owner, _, inner, whole, present = channel_tile(pre, CHANNELS)
+    mean, var = merged_moments(partial, tiles, tile_positions, positions, total_channels, whole, present, ROWS)
+    keep_statistics(norms, owner, inner, present, pick(pre.channels, which), mean, var, positions)
 
 
 @triton.jit
 def concat_fuse_fwd_finish_kernel(
-    pre, pre_b, pre_c, pre_n, mean, var, eps, weight, bias, fused, fused_b, fused_c, fused_n, attention, pooled,
-    spatial, outputs, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """relu(batch norm) of the 1x1 convolution at some positions of a sample, their attention, and their mean's part."""
-    sample, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    pre, norms, fused, attention, pooled, gives, spatial, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """relu(batch norm) of a 1x1 product at some positions of a sample, their attention, and their mean's part."""
+    sample, block, m = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     n = block * POSITIONS + tl.arange(0, POSITIONS)
-    inside = n < spatial
+    inside, outputs = n < spatial, pick(pre.channels, m)
+    rows = pick_pointer(pre.pointers, m) + sample * pick(pre.b, m) + n[:, None] * pick(pre.n, m)
+    out = pick_pointer(fused.pointers, m) + sample * pick(fused.b, m) + n[:, None] * pick(fused.n, m)
+    means = pick_pointer(pooled, m) + (block * tl.num_programs(0) + sample) * outputs
     energy = tl.zeros((POSITIONS,), tl.float32)
     for start in range(0, outputs, CHANNELS):
         c = start + tl.arange(0, CHANNELS)
         present = c < outputs
         mask = inside[:, None] & present[None, :]
-        x = tl.load(pre + sample * pre_b + n[:, None] * pre_n + c[None, :] * pre_c, mask=mask, other=0.0)
-        x, _ = standardise(x.to(tl.float32), mean, var, eps, c, present)
-        y = scale_shift_relu(x, weight, bias, c, present).to(fused.dtype.element_ty)
-        tl.store(fused + sample * fused_b + n[:, None] * fused_n + c[None, :] * fused_c, y, mask=mask)
+        x = tl.load(rows + c[None, :] * pick(pre.c, m), mask=mask, other=0.0).to(tl.float32)
+        mean, var = at_channels(norms.mean, m, c, present), at_channels(norms.var, m, c, present)
+        x, _ = standardise(x, mean, var, pick(norms.eps, m), present)
+        scale, shift = at_channels(norms.weight, m, c, present), at_channels(norms.bias, m, c, present)
+        y = scale_shift_relu(x, scale, shift).to(pre.pointers[0].dtype.element_ty)
+        tl.store(out + c[None, :] * pick(fused.c, m), y, mask=mask & (c < outputs * pick(gives.fused, m))[None, :])
         y = tl.where(mask, y.to(tl.float32), 0.0)
         energy += tl.sum(y * y, 1)
-        if pooled is not None:
-            place = pooled + (block * tl.num_programs(0) + sample) * outputs + c
-            tl.store(place, tl.sum(y, 0) / spatial, mask=present)
-    if attention is not None:
-        tl.store(attention + sample * spatial + n, energy / outputs, mask=inside)
-
-
-@triton.jit
-def concat_fuse_bwd_norm2_kernel(
-    pre, pre_b, pre_c, pre_n, mean, var, eps, weight, bias,
-    of_fused, fused_b, fused_c, fused_n, of_attention, attention_b, attention_n, of_pooled, pooled_b, pooled_c,
-    partial, sums, out, out_b, out_c, out_n, positions, spatial, outputs,
-    BATCH: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Cotangents of all results, through ReLU, and backward of the second norm: see store_or_apply."""
-    p = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
-    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    inside, present = p < positions, c < outputs
-    mask = inside[:, None] & present[None, :]
-    values = tl.load(pre + at(p, spatial, pre_b, pre_n)[:, None] + c[None, :] * pre_c, mask=mask, other=0.0)
-    x, inverse = standardise(values.to(tl.float32), mean, var, eps, c, present)
-    y = scale_shift_relu(x, weight, bias, c, present).to(values.dtype).to(tl.float32)
-    g = tl.zeros((POSITIONS, CHANNELS), tl.float32)
-    if of_fused is not None:
-        offsets = at(p, spatial, fused_b, fused_n)[:, None] + c[None, :] * fused_c
-        g += tl.load(of_fused + offsets, mask=mask, other=0.0).to(tl.float32)
-    if of_attention is not None:
-        a = tl.load(of_attention + at(p, spatial, attention_b, attention_n), mask=inside, other=0.0)
-        g += a.to(tl.float32)[:, None] * (y * (2.0 / outputs))
-    if of_pooled is not None:
-        offsets = (p // spatial).to(tl.int64)[:, None] * pooled_b + c[None, :] * pooled_c
-        g += tl.load(of_pooled + offsets, mask=mask, other=0.0).to(tl.float32) / spatial
-    g = tl.where((y <= 0) | ~mask, 0.0, g)
-    offsets = at(p, spatial, out_b, out_n)[:, None] + c[None, :] * out_c
-    store_or_apply(g, x, inverse, weight, partial, sums, out, offsets, mask, c, present, positions, outputs, BATCH)
-
-
-@triton.jit
-def concat_fuse_bwd_norm1_kernel(
-    features, strides_b, strides_c, strides_n, channels, firsts, depthwise, tap_c, tap_i, tap_j,
-    mean, var, eps, weight, bias, of_hidden, hidden_b, hidden_c, hidden_n, partial, sums,
-    positions, height, width, total_channels,
-    BATCH: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """The same for the first norm, whose input is computed again; its gradient replaces that of its ReLU's output."""
-    z, p, c, inside, present = filtered_tile(
-        features, strides_b, strides_c, strides_n, channels, firsts, depthwise, tap_c, tap_i, tap_j,
-        positions, height, width, POSITIONS, CHANNELS,
-    )  # fmt: skip
-    x, inverse = standardise(z, mean, var, eps, c, present)
-    y = scale_shift_relu(x, weight, bias, c, present).to(of_hidden.dtype.element_ty)
-    offsets = at(p, height * width, hidden_b, hidden_n)[:, None] + c[None, :] * hidden_c
-    mask = inside[:, None] & present[None, :]
-    g = tl.load(of_hidden + offsets, mask=mask, other=0.0).to(tl.float32)
-    g = tl.where((y <= 0) | ~mask, 0.0, g)
-    store_or_apply(
-        g, x, inverse, weight, partial, sums, of_hidden, offsets, mask, c, present, positions, total_channels, BATCH
-    )
-
-
-@triton.jit
-def concat_fuse_bwd_merge_kernel(
-    partial, sums, of_weight, of_bias, tiles, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr
-):
-    """Totals [2, C] of the tiles' sums in a fixed order; they are the gradients of the norm's bias and weight."""
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    present = c < channels
-    bias, weight = tl.zeros((CHANNELS,), tl.float32), tl.zeros((CHANNELS,), tl.float32)
-    for start in range(0, tiles, ROWS):
-        tile = start + tl.arange(0, ROWS)
-        mask = (tile < tiles)[:, None] & present[None, :]
-        place = partial + tile[:, None] * channels + c[None, :]
-        bias += tl.sum(tl.load(place, mask=mask, other=0.0), 0)
-        weight += tl.sum(tl.load(place + tiles * channels, mask=mask, other=0.0), 0)
-    tl.store(sums + c, bias, mask=present)
-    tl.store(sums + channels + c, weight, mask=present)
-    tl.store(of_bias + c, bias, mask=present)
-    tl.store(of_weight + c, weight, mask=present)
-
-
-@triton.jit
-def concat_fuse_bwd_features_kernel(
-    grad, grad_b, grad_c, grad_n, depthwise, tap_c, tap_i, tap_j,
-    gradients, strides_b, strides_c, strides_n, channels, firsts, positions, height, width,
-    POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """A tile of one map's gradient: the stencil turned round, on the gradient of the depthwise output."""
-    which, begin = locate(channels, tl.program_id(1), CHANNELS)
-    p = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
-    c = begin + tl.arange(0, CHANNELS)
-    inside, present = p < positions, c < pick(channels, which)
-    whole = c + pick(firsts, which)
-    total = convolve(
-        grad + at(p, height * width, grad_b, grad_n)[:, None] + whole[None, :] * grad_c, grad_n,
-        depthwise + whole * tap_c + 2 * tap_i + 2 * tap_j, -tap_i, -tap_j,
-        p % (height * width) // width, p % width, height, width, inside, present, POSITIONS, CHANNELS,
-    )  # fmt: skip
-    offsets = at(p, height * width, pick(strides_b, which), pick(strides_n, which))[:, None]
-    offsets += c[None, :] * pick(strides_c, which)
-    tl.store(pick_pointer(gradients, which) + offsets, total, mask=inside[:, None] & present[None, :])
-
-
-@triton.jit
-def concat_fuse_bwd_depthwise_kernel(
-    grad, grad_b, grad_c, grad_n, features, strides_b, strides_c, strides_n, channels, firsts, partial,
-    positions, height, width, total_channels, chunk, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Gradient of a tile of channels' 3x3 weights, summed over one chunk of positions."""
-    which, begin = locate(channels, tl.program_id(1), CHANNELS)
-    c = begin + tl.arange(0, CHANNELS)
-    present = c < pick(channels, which)
-    stride_b, stride_n = pick(strides_b, which), pick(strides_n, which)
-    columns = pick_pointer(features, which) + c[None, :] * pick(strides_c, which)
-    c += pick(firsts, which)
-    split, tap = tl.program_id(0), tl.arange(0, 16)
-    total = tl.zeros((16, CHANNELS), tl.float32)
-    for start in range(split * chunk, tl.minimum((split + 1) * chunk, positions), POSITIONS):
-        p = start + tl.arange(0, POSITIONS)
-        inside, row, column = p < positions, p % (height * width) // width, p % width
-        offsets = at(p, height * width, grad_b, grad_n)[:, None] + c[None, :] * grad_c
-        g = tl.load(grad + offsets, mask=inside[:, None] & present[None, :], other=0.0).to(tl.float32)
-        base = columns + at(p, height * width, stride_b, stride_n)[:, None]
-        for i in tl.static_range(3):
-            in_row = inside & (row + i >= 1) & (row + i <= height)
-            for j in tl.static_range(3):
-                there = in_row & (column + j >= 1) & (column + j <= width)
-                mask = there[:, None] & present[None, :]
-                x = tl.load(base + ((i - 1) * width + (j - 1)) * stride_n, mask=mask, other=0.0).to(tl.float32)
-                total += tl.where((tap == 3 * i + j)[:, None], tl.sum(g * x, 0)[None, :], 0.0)
-    offsets = (split * total_channels + c)[None, :] * 9 + tap[:, None]
-    tl.store(partial + offsets, total, mask=(tap < 9)[:, None] & present[None, :])
+        tl.store(means + c, tl.sum(y, 0) / spatial, mask=c < outputs * pick(gives.pooled, m))
+    place = pick_pointer(attention, m) + sample * spatial + n
+    tl.store(place, energy / outputs, mask=n < spatial * pick(gives.attention, m))

@@ -1,22 +1,27 @@
-"""concat_fuse in Triton: launchers. See triton_fuse.py for the kernels and README.md for what is read and written."""
+"""concat_fuse in Triton: launchers. README.md lists what each launch reads and writes."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from fastfuse.kernels._triton import map_strides
-from fastfuse.kernels.concat_fuse import triton_fuse as kernels
+from fastfuse.kernels.concat_fuse import layout
+from fastfuse.kernels.concat_fuse import triton_backward as backward
+from fastfuse.kernels.concat_fuse import triton_fuse as forward
 from fastfuse.kernels.concat_fuse import triton_kernels as products
-from fastfuse.kernels.concat_fuse.layout import Norm, empty_map, gradient_of, gradient_of_weight
+from fastfuse.kernels.concat_fuse.layout import Module, empty_map
+from fastfuse.kernels.concat_fuse.triton_tables import Maps, some_of, table_of, tiles
 
 # Elementwise and stencil tiles of 64 positions by 32 channels: whole 128-byte lines of either memory format.
 POSITIONS = 64
 CHANNELS = 32
 WARPS = 8
-# The tiles' statistics are merged by few programs: narrow ones, so that there are some.
+# Sums over the positions are taken in at most so many shares: few enough for every program that needs their totals to
+# add them up itself, many enough to fill the device.
+SHARES = 32
 MERGE_ROWS = 32
 MERGE_CHANNELS = 16
 # Whole small maps in one program, so that their mean needs no second pass.
@@ -29,12 +34,41 @@ STEP = 32
 STEP_WARPS = 4
 
 
-class Grid(NamedTuple):
-    """Extents that all kernels share: batch, channels of the concatenation and of the result, height, width."""
+class Taps(NamedTuple):
+    """The 3x3 weights [C, 1, 3, 3] of each module, and their strides of channel, row and column."""
 
+    pointers: tuple
+    c: tuple
+    i: tuple
+    j: tuple
+
+
+class Norms(NamedTuple):
+    """One norm of each module; `statistics` [2, C] are written where the running `mean` and `var` are updated."""
+
+    mean: tuple
+    var: tuple
+    weight: tuple
+    bias: tuple
+    eps: tuple
+    momentum: tuple
+    statistics: tuple | None
+
+
+class Of(NamedTuple):
+    """Fused maps, attention maps and spatial means of the modules: tables, or 0 and 1 for those that there are."""
+
+    fused: tuple | Maps | None
+    attention: tuple | Maps | None
+    pooled: tuple | Maps | None
+
+
+class Call(NamedTuple):
+    """What the launches of a call share: tables of all maps and 3x3 weights, and the extents of the maps."""
+
+    maps: Maps
+    taps: Taps
     batch: int
-    channels: int
-    outputs: int
     height: int
     width: int
 
@@ -48,199 +82,259 @@ class Grid(NamedTuple):
         """Positions of all samples."""
         return self.batch * self.spatial
 
+    @property
+    def chunk(self) -> int:
+        """Positions of a share, a multiple of a tile."""
+        return triton.cdiv(triton.cdiv(self.positions, POSITIONS), SHARES) * POSITIONS
 
-def grid_of(features: Sequence[Tensor], pointwise: Tensor) -> Grid:
-    """The extents of a call."""
-    batch, _, height, width = features[0].shape
-    return Grid(batch, pointwise.shape[1], pointwise.shape[0], height, width)
+    @property
+    def shares(self) -> int:
+        """How many shares there are."""
+        return triton.cdiv(self.positions, self.chunk)
+
+
+# Forward up to the first ReLU: fills the ReLUs' outputs and, in training mode, the statistics of the batch.
+Forward = Callable[[Call, Sequence[Module], Sequence[Tensor], Sequence[Tensor]], None]
+# Backward from there: fills the gradients that there are, but for parts that it returns for products.add_parts.
+Backward = Callable[[Call, Sequence[Module], Sequence[Tensor], Sequence[Sequence[Tensor | None]]], list[tuple]]
+
+
+def _call(modules: Sequence[Module]) -> Call:
+    batch, _, height, width = modules[0].features[0].shape
+    weights = tuple(module.depthwise for module in modules)
+    taps = Taps(weights, *(tuple(w.stride(i) for w in weights) for i in (0, 2, 3)))
+    return Call(table_of([module.features for module in modules]), taps, batch, height, width)
+
+
+def _norms(modules: Sequence[Module], which: int, statistics: Sequence[Tensor] | None = None) -> Norms:
+    """The norms of all modules (which: 1 or 2), with what they note of a batch."""
+    norms = [module.norm1 if which == 1 else module.norm2 for module in modules]
+    columns = ("mean", "var", "weight", "bias", "eps", "momentum")
+    return Norms(*(tuple(getattr(norm, c) for norm in norms) for c in columns), statistics and tuple(statistics))
 
 
 def launch_fwd(
-    features: Sequence[Tensor], depthwise: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `fastfuse::concat_fuse_fwd`."""
-    norm1, pointwise, norm2, (attention, pooled) = Norm(*rest[:8]), rest[8], Norm(*rest[9:17]), rest[17:]
-    grid, first = grid_of(features, pointwise), features[0]
-    statistics = norm1.statistics(first), norm2.statistics(first)
-    hidden = empty_map(first, grid.channels)
-    energy_dtype = torch.promote_types(first.dtype, torch.float32)
-    energy_shape = (grid.batch, grid.height, grid.width) if attention else (0,)
-    energy = torch.empty(energy_shape, dtype=energy_dtype, device=first.device)
-    mean = torch.empty((grid.batch, grid.outputs) if pooled else (0,), dtype=first.dtype, device=first.device)
-    if grid.positions == 0:
-        pre, fused = empty_map(first, grid.outputs), empty_map(first, grid.outputs)
-        return fused, energy, mean, hidden, pre, *statistics
-    _filter(features, depthwise, norm1, statistics[0], hidden, grid)
+    features: Sequence[Tensor], counts: Sequence[int], parameters: Sequence[Tensor], frozen: Sequence[Tensor],
+    running: Sequence[Tensor], results: Sequence[Tensor], training: Sequence[bool], options: Sequence[float],
+    asked: Sequence[bool], first: Forward | None = None,
+) -> None:  # fmt: skip
+    """See `fastfuse::concat_fuse_fwd`; `first` takes the place of the Triton kernels up to the first ReLU."""
+    statistics = layout.in_order(frozen, running, training, len(counts))
+    modules = layout.modules_of(features, counts, parameters, statistics, training, options, asked)
+    call = _call(modules)
+    if call.positions == 0:
+        return
+    fused, attention, pooled, hidden, pre, statistics1, statistics2 = zip(*layout.per_module(results), strict=True)
+    (first or _filter)(call, modules, hidden, statistics1)
     partial = None
-    if norm2.training:
-        parts = triton.cdiv(grid.positions, products.POSITIONS)
-        partial = torch.empty((2, parts, grid.outputs), dtype=torch.float32, device=first.device)
-    pre = products.convolved([hidden], pointwise, partial)
-    if partial is not None:
-        _merge(partial, norm2, statistics[1], products.POSITIONS, grid)
-    fused = _finish(pre, norm2, statistics[1], energy if attention else None, mean if pooled else None, grid)
-    return fused, energy, mean, hidden, pre, *statistics
-
-
-def _maps(features: Sequence[Tensor]) -> tuple:
-    """A list of maps as kernels take it: pointers, strides, channels, first channels in the concatenation."""
-    return *products.columns(features), tuple(x.shape[1] for x in features), products.first_channels(features)
-
-
-def _taps(depthwise: Tensor) -> tuple[Tensor, int, int, int]:
-    """The 3x3 weights and their strides of channel, row and column."""
-    return depthwise, depthwise.stride(0), depthwise.stride(2), depthwise.stride(3)
-
-
-def _used(norm: Norm, statistics: Tensor) -> tuple:
-    """Mean, variance, epsilon, weight and bias that a norm applies."""
-    mean, var = statistics if norm.training else (norm.mean, norm.var)
-    return mean, var, norm.eps, norm.weight, norm.bias
-
-
-def _filter(
-    features: Sequence[Tensor], depthwise: Tensor, norm: Norm, statistics: Tensor, hidden: Tensor, grid: Grid
-) -> None:
-    programs = triton.cdiv(grid.positions, POSITIONS), products.tiles(features, CHANNELS)
-    partial = None
-    if norm.training:
-        partial = torch.empty((2, programs[0], grid.channels), dtype=torch.float32, device=hidden.device)
-    for moments in [partial, None] if norm.training else [None]:
-        kernels.concat_fuse_fwd_depthwise_kernel[programs](
-            *_maps(features), *_taps(depthwise), *_used(norm, statistics), *map_strides(hidden), moments,
-            grid.positions, grid.height, grid.width, grid.channels,
-            POSITIONS=POSITIONS, CHANNELS=CHANNELS, num_warps=WARPS,
+    if training[1]:
+        parts = triton.cdiv(call.positions, products.POSITIONS)
+        outputs = sum(x.shape[1] for x in pre)
+        partial = torch.empty((2, parts, outputs), dtype=torch.float32, device=pre[0].device)
+    products.convolve([[x] for x in hidden], [module.pointwise for module in modules], pre, partial)
+    norms, table = _norms(modules, 2, statistics2), table_of([[x] for x in pre])
+    if training[1]:
+        forward.concat_fuse_fwd_merge_kernel[(1, tiles(table, MERGE_CHANNELS))](
+            table, norms, partial, parts, products.POSITIONS, call.positions, outputs,
+            ROWS=MERGE_ROWS, CHANNELS=MERGE_CHANNELS,
         )  # fmt: skip
-        if moments is not None:
-            _merge(moments, norm, statistics, POSITIONS, grid)
+        mean, var = zip(*(x.unbind() for x in statistics2), strict=True)
+        norms = norms._replace(mean=mean, var=var)
+    _finish(call, table, norms, modules, Of(fused, attention, pooled), pre)
 
 
-def _merge(partial: Tensor, norm: Norm, statistics: Tensor, tile_positions: int, grid: Grid) -> None:
-    _, parts, channels = partial.shape
-    kernels.concat_fuse_fwd_merge_kernel[(triton.cdiv(channels, MERGE_CHANNELS),)](
-        partial, statistics, norm.running_mean, norm.running_var, norm.momentum, parts, tile_positions,
-        grid.positions, channels, ROWS=MERGE_ROWS, CHANNELS=MERGE_CHANNELS,
-    )  # fmt: skip
+def _filter(call: Call, modules: Sequence[Module], hidden: Sequence[Tensor], statistics: Sequence[Tensor]) -> None:
+    norms, training = _norms(modules, 1, statistics), modules[0].norm1.training
+    programs, channels = (call.shares, tiles(call.maps, CHANNELS)), sum(call.maps.channels)
+    extents = call.positions, call.height, call.width, channels, call.chunk
+    options = {"POSITIONS": POSITIONS, "CHANNELS": CHANNELS, "num_warps": WARPS}
+    partial = None
+    if training:
+        partial = torch.empty((2, call.shares, channels), dtype=torch.float32, device=hidden[0].device)
+        forward.concat_fuse_fwd_moments_kernel[programs](call.maps, call.taps, partial, *extents, **options)
+    forward.concat_fuse_fwd_hidden_kernel[programs](
+        call.maps, call.taps, norms, partial, table_of([[x] for x in hidden]), *extents, ROWS=SHARES, **options
+    )
 
 
 def _finish(
-    pre: Tensor, norm: Norm, statistics: Tensor, attention: Tensor | None, pooled: Tensor | None, grid: Grid
-) -> Tensor:
-    fused = empty_map(pre, grid.outputs)
-    width = min(MOST_POSITIONS, max(16, triton.next_power_of_2(grid.spatial)))
-    blocks = triton.cdiv(grid.spatial, width)
-    parts = pooled
-    if pooled is not None and blocks > 1:
-        parts = torch.empty((blocks, grid.batch, grid.outputs), dtype=torch.float32, device=pre.device)
-    kernels.concat_fuse_fwd_finish_kernel[(grid.batch, blocks)](
-        *map_strides(pre), *_used(norm, statistics), *map_strides(fused), attention, parts,
-        grid.spatial, grid.outputs, POSITIONS=width, CHANNELS=CHANNELS,
+    call: Call, pre_table: Maps, norms: Norms, modules: Sequence[Module], results: Of, pre: Sequence[Tensor]
+) -> None:
+    width = min(MOST_POSITIONS, max(16, triton.next_power_of_2(call.spatial)))
+    blocks = triton.cdiv(call.spatial, width)
+    gives = Of(*(tuple(int(flag) for flag in flags) for flags in zip(*(m.asked for m in modules), strict=True)))
+    # What is not given still has a place in the table, of the right kind.
+    fused = table_of([[x if given else p] for x, given, p in zip(results.fused, gives.fused, pre, strict=True)])
+    parts = list(results.pooled)
+    if blocks > 1:
+        for m, given in enumerate(gives.pooled):
+            shape = (blocks, call.batch, pre[m].shape[1]) if given else (0,)
+            parts[m] = torch.empty(shape, dtype=torch.float32, device=pre[m].device)
+    forward.concat_fuse_fwd_finish_kernel[(call.batch, blocks, len(modules))](
+        pre_table, norms, fused, results.attention, tuple(parts), gives, call.spatial,
+        POSITIONS=width, CHANNELS=CHANNELS,
     )  # fmt: skip
-    if parts is not pooled:
-        products.add_parts(parts, pooled, grid.outputs, 1)
-    return fused
+    if blocks > 1 and any(gives.pooled):
+        rows = [(parts[m], results.pooled[m]) for m, given in enumerate(gives.pooled) if given]
+        products.add_parts([(partial, out, out.shape[1], 1) for partial, out in rows])
 
 
 def launch_bwd(
-    of_fused: Tensor | None, of_attention: Tensor | None, of_pooled: Tensor | None,
-    features: Sequence[Tensor], depthwise: Tensor, weight1: Tensor, bias1: Tensor, mean1: Tensor, var1: Tensor,
-    eps1: float, training1: bool, pointwise: Tensor, weight2: Tensor, bias2: Tensor, mean2: Tensor, var2: Tensor,
-    eps2: float, training2: bool, hidden: Tensor, pre: Tensor, needs: Sequence[bool],
+    cotangents: Sequence[Tensor | None], features: Sequence[Tensor], counts: Sequence[int],
+    parameters: Sequence[Tensor], statistics: Sequence[Tensor], kept: Sequence[Tensor], training: Sequence[bool],
+    options: Sequence[float], needs: Sequence[bool], first: Backward | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """See `fastfuse::concat_fuse_bwd`."""
-    grid = grid_of(features, pointwise)
-    if grid.positions == 0:
-        inputs = (depthwise, weight1, bias1, pointwise, weight2, bias2, *features)
-        return [torch.zeros_like(x) for x, needed in zip(inputs, needs, strict=True) if needed]
-    needs_filter, needs_first = needs[0] or any(needs[6:]), any(needs[:3]) or any(needs[6:])
-    of_pre = empty_map(pre, grid.outputs) if needs_first or needs[3] else None
-    of_hidden = empty_map(hidden, grid.channels) if needs_first else None
+    """See `fastfuse::concat_fuse_bwd`; `first` takes the place of the Triton kernels from the first ReLU back.
 
-    def second(partial: Tensor | None, sums: Tensor | None) -> None:
-        kernels.concat_fuse_bwd_norm2_kernel[(tiles_of_positions, triton.cdiv(grid.outputs, CHANNELS))](
-            *map_strides(pre), mean2, var2, eps2, weight2, bias2,
-            *_strided(of_fused), *_strided(of_attention, (0, 2)), *_pooled(of_pooled), partial, sums, *_strided(of_pre),
-            grid.positions, grid.spatial, grid.outputs,
-            BATCH=training2, POSITIONS=POSITIONS, CHANNELS=CHANNELS, num_warps=WARPS,
-        )  # fmt: skip
-
-    def first(partial: Tensor | None, sums: Tensor | None) -> None:
-        kernels.concat_fuse_bwd_norm1_kernel[(tiles_of_positions, products.tiles(features, CHANNELS))](
-            *_maps(features), *_taps(depthwise), mean1, var1, eps1, weight1, bias1, *map_strides(of_hidden), partial,
-            sums, grid.positions, grid.height, grid.width, grid.channels,
-            BATCH=training1, POSITIONS=POSITIONS, CHANNELS=CHANNELS, num_warps=WARPS,
-        )  # fmt: skip
-
-    tiles_of_positions = triton.cdiv(grid.positions, POSITIONS)
-    found: list[Tensor | None] = [None] * len(needs)
-    found[4:6] = _norm(second, tiles_of_positions, weight2, bias2, any(needs[4:6]), of_pre is not None, training2)
-    if needs[3]:
-        found[3] = products.bwd_weight(of_pre, [hidden], pointwise)
+    What one module of several needs is computed for all, but for the gradients of maps.
+    """
+    modules = layout.modules_of(features, counts, parameters, statistics, training, options)
+    found = layout.empty_gradients(modules, needs)
+    wanted = [x for own in found for x in own if x is not None]
+    call = _call(modules)
+    if call.positions == 0:
+        return [torch.zeros_like(x) for x in wanted]
+    hidden, pre = kept[::2], kept[1::2]
+    any_of = [any(own[i] is not None for own in found) for i in range(layout.PARAMETERS)]
+    needs_first = any(any_of[:3]) or any(x is not None for own in found for x in own[layout.PARAMETERS :])
+    of_pre = [empty_map(x, x.shape[1]) for x in pre] if needs_first or any_of[3] else None
+    _second(call, modules, _cotangents(cotangents, pre), pre, of_pre, found, any(any_of[4:]))
+    sums = []
+    if any_of[3]:
+        partials = products.bwd_weights(of_pre, [[x] for x in hidden])
+        sums += [(p, *_matrix(own[3])) for p, own in zip(partials, found, strict=True) if own[3] is not None]
     if needs_first:
-        products.bwd_features(of_pre, pointwise, [of_hidden], (0,))
-        found[1:3] = _norm(first, tiles_of_positions, weight1, bias1, any(needs[1:3]), needs_filter, training1)
-    if needs[0]:
-        found[0] = _of_depthwise(of_hidden, features, depthwise, grid)
-    found[6:] = _of_features(of_hidden, features, depthwise, needs[6:], grid)
-    return [x for x, needed in zip(found, needs, strict=True) if needed]
+        of_hidden = [empty_map(x, x.shape[1]) for x in hidden]
+        products.bwd_features(of_pre, [module.pointwise for module in modules], table_of([[x] for x in of_hidden]))
+        sums += (first or _filter_backward)(call, modules, of_hidden, found)
+    products.add_parts(sums)
+    return wanted
 
 
-def _strided(x: Tensor | None, kept: tuple[int, ...] = (0, 1, 2)) -> tuple:
-    """A map and its strides of sample, channel and position, or those of them that a kernel takes; None for no map."""
-    if x is None:
-        return None, *(0 for _ in kept)
-    x, *strides = map_strides(x)
-    return x, *(strides[i] for i in kept)
-
-
-def _pooled(x: Tensor | None) -> tuple:
-    return (None, 0, 0) if x is None else (x, *x.stride())
-
-
-def _norm(
-    launch: Callable[[Tensor | None, Tensor | None], None], parts: int, weight: Tensor, bias: Tensor,
-    needs_parameters: bool, needs_input: bool, training: bool,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Both passes of a norm's backward, or the one that is needed; the gradients of its weight and bias."""
-    sums = of_weight = of_bias = None
-    if needs_parameters or (training and needs_input):
-        channels = weight.shape[0]
-        of_weight, of_bias = torch.empty_like(weight), torch.empty_like(bias)
-        partial = torch.empty((2, parts, channels), dtype=torch.float32, device=weight.device)
-        sums = torch.empty((2, channels), dtype=torch.float32, device=weight.device)
-        launch(partial, None)
-        kernels.concat_fuse_bwd_merge_kernel[(triton.cdiv(channels, MERGE_CHANNELS),)](
-            partial, sums, of_weight, of_bias, parts, channels, ROWS=MERGE_ROWS, CHANNELS=MERGE_CHANNELS
-        )
-    if needs_input:
-        launch(None, sums)
-    return of_weight, of_bias
-
-
-def _of_features(
-    grad: Tensor | None, features: Sequence[Tensor], depthwise: Tensor, needs: Sequence[bool], grid: Grid
-) -> list[Tensor | None]:
-    gradients = [gradient_of(x) if needed else None for x, needed in zip(features, needs, strict=True)]
-    wanted = [x for x in gradients if x is not None]
-    if wanted:
-        firsts = tuple(f for f, needed in zip(products.first_channels(features), needs, strict=True) if needed)
-        programs = triton.cdiv(grid.positions, POSITIONS), products.tiles(wanted, CHANNELS)
-        kernels.concat_fuse_bwd_features_kernel[programs](
-            *map_strides(grad), *_taps(depthwise), *products.columns(wanted), tuple(x.shape[1] for x in wanted), firsts,
-            grid.positions, grid.height, grid.width, POSITIONS=POSITIONS, CHANNELS=CHANNELS, num_warps=WARPS,
+def _filter_backward(
+    call: Call, modules: Sequence[Module], of_hidden: Sequence[Tensor], found: Sequence[Sequence[Tensor | None]]
+) -> list[tuple]:
+    """Gradients of everything before the first ReLUs; those of the 3x3 weights as parts that are still to be added."""
+    table = table_of([[x] for x in of_hidden])
+    any_of = [any(own[i] is not None for own in found) for i in range(3)]
+    of_maps = [x for own in found for x in own[layout.PARAMETERS :]]
+    needs_maps = any(x is not None for x in of_maps)
+    _first(call, modules, table, found, any(any_of[1:]), any_of[0] or needs_maps)
+    sums = []
+    if any_of[0]:
+        partials = _depthwise_parts(call, table, modules)
+        sums = [(p, own[0], 9, 1) for p, own in zip(partials, found, strict=True) if own[0] is not None]
+    if needs_maps:
+        gradients = some_of(call.maps, of_maps)
+        programs = triton.cdiv(call.positions, POSITIONS), tiles(gradients, CHANNELS)
+        backward.concat_fuse_bwd_features_kernel[programs](
+            table, call.taps, gradients, call.positions, call.height, call.width,
+            POSITIONS=POSITIONS, CHANNELS=CHANNELS, num_warps=WARPS,
         )  # fmt: skip
-    return gradients
+    return sums
 
 
-def _of_depthwise(grad: Tensor, features: Sequence[Tensor], depthwise: Tensor, grid: Grid) -> Tensor:
-    out, channel_tiles = gradient_of_weight(depthwise), products.tiles(features, CHANNELS)
-    chunk = max(CHUNK, triton.cdiv(grid.positions, triton.cdiv(PROGRAMS, channel_tiles)))
+class Cotangents(NamedTuple):
+    """Cotangents of one kind of result, one entry per module, and their strides of sample, channel and position."""
+
+    pointers: tuple
+    b: tuple
+    c: tuple
+    n: tuple
+
+
+def _cotangents(given: Sequence[Tensor | None], pre: Sequence[Tensor]) -> tuple[Of, Of]:
+    """The cotangents that there are, and for each kind and module whether there is one."""
+    kinds = [given[i::3] for i in range(3)]
+    gives = Of(*(tuple(int(x is not None) for x in kind) for kind in kinds))
+    tables = []
+    for kind in kinds:
+        if all(x is None for x in kind):
+            tables.append(None)
+            continue
+        dtype = next(x.dtype for x in kind if x is not None)
+        rows = [_strided(torch.empty(1, dtype=dtype, device=pre[0].device) if x is None else x) for x in kind]
+        tables.append(Cotangents(*zip(*rows, strict=True)))
+    return Of(*tables), gives
+
+
+def _strided(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """A map, an attention map [B, H, W], a mean [B, C] or a stand-in, as kernels address it."""
+    if x.dim() >= 3:
+        return map_strides(x)
+    return x, *((*x.stride(), 0) if x.dim() == 2 else (0, 0, 0))
+
+
+def _parameter_tables(
+    modules: Sequence[Module], found: Sequence[Sequence[Tensor | None]], first: int
+) -> tuple[tuple, tuple]:
+    """Where the gradients of the norms' weights and biases go; what nobody needs has a place of its own."""
+    return tuple(
+        tuple(
+            torch.empty_like(module.parameters[i]) if own[i] is None else own[i]
+            for module, own in zip(modules, found, strict=True)
+        )
+        for i in (first, first + 1)
+    )
+
+
+def _second(
+    call: Call, modules: Sequence[Module], cotangents: tuple[Of, Of], pre: Sequence[Tensor],
+    of_pre: Sequence[Tensor] | None, found: Sequence[Sequence[Tensor | None]], parameters: bool,
+) -> None:  # fmt: skip
+    """Backward of the second norms."""
+    table, norms, training = table_of([[x] for x in pre]), _norms(modules, 2), modules[0].norm2.training
+    channels, options = sum(table.channels), {"POSITIONS": POSITIONS, "CHANNELS": CHANNELS, "num_warps": WARPS}
+    extents = call.positions, call.spatial, channels, call.chunk
+    programs, partial = (call.shares, tiles(table, CHANNELS)), None
+    if parameters or (training and of_pre is not None):
+        partial = torch.empty((2, call.shares, channels), dtype=torch.float32, device=pre[0].device)
+        backward.concat_fuse_bwd_norm2_sums_kernel[programs](table, norms, *cotangents, partial, *extents, **options)
+    if of_pre is None:
+        programs = 1, programs[1]
+    if partial is not None or of_pre is not None:
+        backward.concat_fuse_bwd_norm2_kernel[programs](
+            table, norms, *cotangents, partial, call.shares, *_parameter_tables(modules, found, 4),
+            None if of_pre is None else table_of([[x] for x in of_pre]), *extents,
+            BATCH=training, ROWS=SHARES, **options,
+        )  # fmt: skip
+
+
+def _first(
+    call: Call, modules: Sequence[Module], of_hidden: Maps, found: Sequence[Sequence[Tensor | None]],
+    parameters: bool, needs_input: bool,
+) -> None:  # fmt: skip
+    """Backward of the first norms; the gradients of their inputs replace those of their ReLUs' outputs."""
+    norms, training, channels = _norms(modules, 1), modules[0].norm1.training, sum(call.maps.channels)
+    options = {"POSITIONS": POSITIONS, "CHANNELS": CHANNELS, "num_warps": WARPS}
+    extents = call.positions, call.height, call.width, channels, call.chunk
+    programs, partial = (call.shares, tiles(call.maps, CHANNELS)), None
+    given = call.maps, call.taps, norms, of_hidden
+    if parameters or training:
+        partial = torch.empty((2, call.shares, channels), dtype=torch.float32, device=modules[0].depthwise.device)
+        backward.concat_fuse_bwd_norm1_sums_kernel[programs](*given, partial, *extents, **options)
+    if not needs_input:
+        programs = 1, programs[1]
+    backward.concat_fuse_bwd_norm1_kernel[programs](
+        *given, partial, call.shares, *_parameter_tables(modules, found, 1), *extents,
+        BATCH=training, INPUT=needs_input, ROWS=SHARES, **options,
+    )  # fmt: skip
+
+
+def _matrix(weight: Tensor) -> tuple[Tensor, int, int]:
+    return weight, *weight.stride()[:2]
+
+
+def _depthwise_parts(call: Call, grads: Maps, modules: Sequence[Module]) -> list[Tensor]:
+    """Parts [parts, C, 9] of the gradient of each module's 3x3 weights."""
+    channel_tiles = tiles(call.maps, CHANNELS)
+    chunk = max(CHUNK, triton.cdiv(call.positions, triton.cdiv(PROGRAMS, channel_tiles)))
     chunk = triton.cdiv(chunk, STEP) * STEP
-    parts = triton.cdiv(grid.positions, chunk)
-    partial = torch.empty((parts, grid.channels, 9), dtype=torch.float32, device=grad.device)
-    kernels.concat_fuse_bwd_depthwise_kernel[(parts, channel_tiles)](
-        *map_strides(grad), *_maps(features), partial, grid.positions, grid.height, grid.width, grid.channels, chunk,
+    parts = triton.cdiv(call.positions, chunk)
+    device = modules[0].depthwise.device
+    partials = [torch.empty((parts, c, 9), dtype=torch.float32, device=device) for c in grads.channels]
+    backward.concat_fuse_bwd_depthwise_kernel[(parts, channel_tiles)](
+        grads, call.maps, tuple(partials), call.positions, call.height, call.width, chunk,
         POSITIONS=STEP, CHANNELS=CHANNELS, num_warps=STEP_WARPS,
     )  # fmt: skip
-    products.add_parts(partial, out, 9, 1)
-    return out
+    return partials

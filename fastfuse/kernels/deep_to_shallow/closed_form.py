@@ -1,6 +1,6 @@
-"""One stage, forward and backward, in eager tensor code: the kernels' mathematics on tensors that they do not serve."""
+"""One stage of T transforms in eager tensor code: the kernels' mathematics on tensors that they do not serve."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,42 +10,99 @@ from fastfuse.kernels.deep_to_shallow import outputs
 
 
 def stage_fwd(
-    x: Tensor,
-    weight: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    padding: Sequence[int],
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    gammas: Sequence[Tensor],
+    betas: Sequence[Tensor],
+    running_means: Sequence[Tensor],
+    running_vars: Sequence[Tensor],
+    out: Sequence[Tensor],
+    normed: Sequence[Tensor],
+    means: Sequence[Tensor],
+    rstds: Sequence[Tensor],
     training: bool,
-    keep: bool,
     momentum: float,
     eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> None:
     """relu(batch norm(transposed convolution)); updates the running statistics in training mode."""
-    found = outputs.stage_outputs(x, weight, padding, keep, dtype)
-    if x.numel() == 0:
-        return found
-    wide = found.mean.dtype
-    values = functional.conv_transpose2d(x.to(dtype), weight.to(dtype), stride=2, padding=1, output_padding=padding)
-    var, mean = running_var.to(wide), running_mean.to(wide)
-    if training:
-        var, mean = torch.var_mean(values.to(wide), (0, 2, 3), correction=0)
-        count = values.numel() // values.shape[1]
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
-    found.mean.copy_(mean)
-    found.rstd.copy_((var + eps).rsqrt())
-    if keep:
-        found.normed.copy_(values)
-    found.out.copy_(_normalise(values, found.mean, found.rstd, gamma, beta).relu())
-    return found
+    given = zip(xs, weights, gammas, betas, running_means, running_vars, strict=True)
+    for t, (x, weight, gamma, beta, running_mean, running_var) in enumerate(given):
+        if x.numel() == 0:
+            continue
+        wide = means[t].dtype
+        padding = [shallow - 2 * deep + 1 for shallow, deep in zip(out[t].shape[2:], x.shape[2:], strict=True)]
+        values = _transposed(x, weight, padding, out[t].dtype)
+        var, mean = running_var.to(wide), running_mean.to(wide)
+        if training:
+            var, mean = torch.var_mean(values.to(wide), (0, 2, 3), correction=0)
+            count = values.numel() // values.shape[1]
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+        means[t].copy_(mean)
+        rstds[t].copy_((var + eps).rsqrt())
+        if normed:
+            normed[t].copy_(values)
+        out[t].copy_(_normalise(values, means[t], rstds[t], gamma, beta).relu())
+
+
+def stage_attention(
+    xs: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    gammas: Sequence[Tensor],
+    betas: Sequence[Tensor],
+    running_means: Sequence[Tensor],
+    running_vars: Sequence[Tensor],
+    padding: Sequence[int],
+    last: bool,
+    eps: float,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Attention maps of the stage on running statistics, and its maps unless it is the last."""
+    attentions, maps = outputs.attention_outputs(xs, weights, padding, last, dtype)
+    given = zip(xs, weights, gammas, betas, running_means, running_vars, strict=True)
+    for t, (x, weight, gamma, beta, running_mean, running_var) in enumerate(given):
+        if x.numel() == 0:
+            continue
+        wide = attentions[t].dtype
+        x = (x.to(wide) + shifts[t].unsqueeze(1)).to(dtype) if shifts else x
+        values = _transposed(x, weight, padding, dtype)
+        rstd = (running_var.to(wide) + eps).rsqrt()
+        values = _normalise(values, running_mean.to(wide), rstd, gamma, beta).relu()
+        attentions[t].copy_(values.square().mean(1))
+        if maps:
+            maps[t].copy_(values)
+    return [*attentions, *maps]
 
 
 def stage_bwd(
-    grad: Tensor | None,
-    carried: Tensor | None,
+    grads: Sequence[Tensor],
+    carried: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    gammas: Sequence[Tensor],
+    betas: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    means: Sequence[Tensor],
+    rstds: Sequence[Tensor],
+    training: bool,
+    keep: bool,
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    """The needed gradients of x, weight, gamma and beta; `kept` is the norm's input, or the output if not `keep`."""
+    found = outputs.stage_gradients((xs, weights, gammas, betas), needed)
+    given = zip(xs, weights, gammas, betas, kept, means, rstds, strict=True)
+    for t, tensors in enumerate(given):
+        incoming = [own[t].to(means[t].dtype) for own in (grads, carried) if own]
+        computed = _gradients(sum(incoming), *tensors, training, keep)
+        for gradients, value in zip(found, computed, strict=True):
+            if gradients:
+                gradients[t].copy_(value())
+    return [g for gradients in found for g in gradients]
+
+
+def _gradients(
+    g: Tensor,
     x: Tensor,
     weight: Tensor,
     gamma: Tensor,
@@ -55,15 +112,13 @@ def stage_bwd(
     rstd: Tensor,
     training: bool,
     keep: bool,
-    needed: Sequence[bool],
-) -> list[Tensor]:
-    """The needed gradients of x, weight, gamma and beta; `kept` is the norm's input, or the output if not `keep`."""
-    wide = mean.dtype
-    g = sum(t.to(wide) for t in (grad, carried) if t is not None)
-    scale = _channels(rstd * gamma.to(wide))
+) -> tuple[Callable[[], Tensor | None], ...]:
+    """Functions that give the gradients of x, weight, gamma and beta from that of the stage's output."""
+    scale = _channels(rstd * gamma.to(mean.dtype))
+    gamma_sum = None
     if keep:
         g = torch.where(_normalise(kept, mean, rstd, gamma, beta) > 0, g, 0)
-        centred = (kept.to(wide) - _channels(mean)) * _channels(rstd)
+        centred = (kept.to(mean.dtype) - _channels(mean)) * _channels(rstd)
         gamma_sum = (g * centred).sum((0, 2, 3))
     else:
         g = torch.where(kept > 0, g, 0)
@@ -73,14 +128,16 @@ def stage_bwd(
         count = g.numel() // g.shape[1]
         d = d - scale * (_channels(beta_sum / count) + centred * _channels(gamma_sum / count))
     d = d.to(kept.dtype)
-    computed = (
+    return (
         lambda: functional.conv2d(d, weight.to(d.dtype), stride=2, padding=1),
         lambda: torch.nn.grad.conv2d_weight(d, weight.shape, x.to(d.dtype), stride=2, padding=1),
         lambda: gamma_sum,
         lambda: beta_sum,
     )
-    found = outputs.stage_gradients(x, weight, gamma, beta, needed)
-    return [g.copy_(value()) for g, value in zip(found, computed, strict=True) if g is not None]
+
+
+def _transposed(x: Tensor, weight: Tensor, padding: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return functional.conv_transpose2d(x.to(dtype), weight.to(dtype), stride=2, padding=1, output_padding=padding)
 
 
 def _channels(vector: Tensor) -> Tensor:

@@ -1,117 +1,137 @@
-"""Public form of deep_to_shallow."""
+"""Public form of deep_to_shallow, and which transforms share launches."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastfuse.errors import InputError
-from fastfuse.kernels import _dispatch, _numerics, _triton
-from fastfuse.kernels._numerics import BatchNorm
-from fastfuse.kernels.deep_to_shallow import reference
-from fastfuse.kernels.deep_to_shallow.autograd import DeepToShallow, StageOptions
+from fastfuse.kernels import _dispatch, _triton
+from fastfuse.kernels.deep_to_shallow import checks, outputs, reference
+from fastfuse.kernels.deep_to_shallow.autograd import DeepToShallow, StageOptions, attention_chain
+from fastfuse.kernels.deep_to_shallow.checks import Stage, Transform
 
 _dispatch.register("deep_to_shallow", {"triton": _triton.why_not, "reference": None})
 
-
-class Stage(NamedTuple):
-    """One stage: transposed-convolution `weight` [C_in, C_out, 3, 3] and the `norm` over C_out."""
-
-    weight: Tensor
-    norm: BatchNorm
+# Addresses travel as kernel parameters, of which there may be 4 KiB: at most 80 bytes a transform.
+MAX_TRANSFORMS = 32
 
 
 def deep_to_shallow(
-    x: Tensor,
-    stages: Sequence[Stage],
+    x: Tensor | Sequence[Tensor],
+    stages: Sequence[Stage] | Sequence[Sequence[Stage]],
     *,
-    sizes: Sequence[tuple[int, int]] | None = None,
+    sizes: Sequence[tuple[int, int]] | Sequence[Sequence[tuple[int, int]] | None] | None = None,
+    attention: bool = False,
+    shift: Tensor | Sequence[Tensor | None] | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, ...] | list[tuple[Tensor, ...]]:
     """Shallow-looking maps from a deep one: a chain of transposed convolution (3x3, stride 2) + batch norm + ReLU.
 
+    For one transform, or for T transforms at once: those of equal shapes, dtypes and options share their launches.
     Source: FFSD (arXiv 2103.14473), self-distillation transform.
 
     Args:
-        x: the deep map [B, C, H, W].
-        stages: the chain, the first acts on x.
+        x: the deep map [B, C, H, W]; or a list of T deep maps.
+        stages: the chain, the first acts on x; for a list a chain for each.
         sizes: (height, width) of the maps to give, shallow to deep; each is twice the next deeper one or one less.
-            None: exactly twice.
+            None: exactly twice. For a list one such entry for each, or None.
+        attention: give, in place of every map, its attention map (channel mean of squares), without gradients; all
+            norms must be on running statistics. The shallowest map is then never written.
+        shift: [B, H, W], added to all channels of x as it is read (only with attention=True), as of a diversity
+            target; for a list one for each. Detached.
         backend: "auto", "reference", "triton" or "cuda".
 
     Returns:
-        One map per stage, shallow to deep: the last stage's output comes first, as in a network's features.
+        One map per stage, shallow to deep: the last stage's output comes first, as in a network's features. Attention
+        maps are [B, H, W], float32 for half precision. For a list a list of T such tuples.
 
     Raises:
         InputError, TypeError: no stage, channels that do not chain, norms of other widths, sizes that a stride of 2
-            cannot reach.
+            cannot reach, lists of unequal length, transforms in training mode that share running statistics,
+            attention maps of norms in training mode, a shift without attention maps.
+        BackendUnavailableError: the backend asked for cannot serve these maps.
     """
-    _numerics.check_floating("x", x, (4,))
-    stages = list(stages)
-    if not stages:
-        raise InputError("stages must hold at least one stage")
-    channels, height, width = x.shape[1:]
-    wanted = [None] * len(stages) if sizes is None else [tuple(size) for size in sizes][::-1]
-    if len(wanted) != len(stages):
-        raise InputError(f"sizes must hold {len(stages)} entries, one per stage, not {len(wanted)}")
-    paddings = []
-    for j, (stage, size) in enumerate(zip(stages, wanted, strict=True)):
-        if stage.weight.shape[0] != channels or tuple(stage.weight.shape[2:]) != (3, 3):
-            raise InputError(f"stages[{j}].weight must be [{channels}, C_out, 3, 3], not {list(stage.weight.shape)}")
-        _numerics.check_batch_norm(f"stages[{j}].norm", stage.norm, stage.weight.shape[1])
-        target = size or (2 * height, 2 * width)
-        paddings.append((output_padding(height, target[0]), output_padding(width, target[1])))
-        channels, (height, width) = stage.weight.shape[1], target
-    if _dispatch.resolve("deep_to_shallow", backend, x) == "reference":
-        return tuple(reference.deep_to_shallow(x, stages, paddings)[::-1])
-    return _fused(x, stages, paddings)[::-1]
+    single = isinstance(x, Tensor)
+    xs = [x] if single else list(x)
+    if not xs:
+        raise InputError("x must hold at least one map")
+    names = [""] if single else [f"[{t}]" for t in range(len(xs))]
+    chains, wanted, shifts = (
+        _one_each(field, [given] if single else given, len(xs))
+        for field, given in (("stages", stages), ("sizes", sizes), ("shift", shift))
+    )
+    transforms = [
+        checks.checked(name, *given, attention) for name, *given in zip(names, xs, chains, wanted, shifts, strict=True)
+    ]
+    checks.check_statistics(transforms)
+    if {_dispatch.resolve("deep_to_shallow", backend, one.x) for one in transforms} == {"triton"}:
+        found = _fused(names, transforms, attention)
+    elif attention:
+        found = [reference.attention(one.x, one.shift, one.stages, one.paddings) for one in transforms]
+    else:
+        found = [reference.deep_to_shallow(one.x, one.stages, one.paddings) for one in transforms]
+    shallow_first = [tuple(maps[::-1]) for maps in found]
+    return shallow_first[0] if single else shallow_first
 
 
-def _fused(x: Tensor, stages: Sequence[Stage], paddings: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
-    """The chain through its kernels; maps in the order of the stages."""
+def _one_each(name: str, given: Sequence | None, count: int) -> list:
+    found = [None] * count if given is None else list(given)
+    if len(found) != count:
+        raise InputError(f"{name} must hold one entry for each of {count} maps, not {len(found)}")
+    return found
+
+
+def _fused(names: Sequence[str], transforms: Sequence[Transform], attention: bool) -> list[list[Tensor]]:
+    """The chains through their kernels; maps in the order of the stages."""
+    options = [_options(name, one, attention) for name, one in zip(names, transforms, strict=True)]
+    tensors = [
+        [
+            t
+            for weight, norm in one.stages
+            for t in (weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        ]
+        for one in transforms
+    ]
+    keys = []
+    for one, option, own in zip(transforms, options, tensors, strict=True):
+        x, shift = one.x, one.shift
+        keys.append(
+            (x.shape, x.device, None if shift is None else shift.dtype, option, [(t.shape, t.dtype) for t in (x, *own)])
+        )
+    found: list[list[Tensor]] = [[] for _ in transforms]
+    for group in outputs.alike(keys):
+        for first in range(0, len(group), MAX_TRANSFORMS):
+            members = group[first : first + MAX_TRANSFORMS]
+            xs = [transforms[t].x for t in members]
+            lists = [list(column) for column in zip(*(tensors[t] for t in members), strict=True)]
+            if attention:
+                shifts = [transforms[t].shift for t in members if transforms[t].shift is not None]
+                maps = [y for own in attention_chain(options[members[0]], xs, shifts, lists) for y in own]
+            else:
+                flat = [t for own in lists for t in own]
+                maps = DeepToShallow.apply(options[members[0]], *xs, *flat)
+            for place, t in enumerate(members):
+                found[t] = list(maps[place :: len(members)])
+    return found
+
+
+def _options(name: str, transform: Transform, attention: bool) -> tuple[StageOptions, ...]:
+    """What each stage of a transform is told; refuses what the kernels cannot take."""
+    x = transform.x
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    options, tensors = [], []
+    options = []
     height, width = x.shape[2:]
-    for j, ((weight, norm), padding) in enumerate(zip(stages, paddings, strict=True)):
+    for j, ((weight, norm), padding) in enumerate(zip(transform.stages, transform.paddings, strict=True)):
         height, width = 2 * height - 1 + padding[0], 2 * width - 1 + padding[1]
-        _check_stage(f"stages[{j}]", weight, norm, x)
+        checks.check_stage(f"stages{name}[{j}]", weight, norm, x)
         if norm.training and x.shape[0] * height * width == 1:
             raise InputError(
-                f"stages[{j}].norm takes batch statistics, which one value per channel does not have: "
+                f"stages{name}[{j}].norm takes batch statistics, which one value per channel does not have: "
                 "give more samples or larger maps, or training=False"
             )
         # A norm that does not learn gets its gradient by the output alone; so do the maps that make targets.
-        keep = norm.training or (torch.is_grad_enabled() and norm.weight.requires_grad)
-        options.append(StageOptions(padding, norm.training, keep, norm.momentum, norm.eps, dtype))
-        tensors += [weight, norm.weight, norm.bias, norm.running_mean, norm.running_var]
-    return DeepToShallow.apply(tuple(options), x, *tensors)
-
-
-def _check_stage(name: str, weight: Tensor, norm: BatchNorm, x: Tensor) -> None:
-    """Refuse what the reference would take or refuse in its own words, and the kernels cannot."""
-    vectors = {f"{name}.norm.{f}": getattr(norm, f) for f in ("weight", "bias", "running_mean", "running_var")}
-    _numerics.check_same_device("x", x, **{f"{name}.weight": weight}, **vectors)
-    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(
-            f"{name}.weight is {weight.dtype}, x is {x.dtype}; convert one of them, or run under torch.autocast"
-        )
-    for field, vector in vectors.items():
-        if not vector.is_contiguous():
-            raise InputError(f"{field} must be contiguous, not a strided view; give a tensor of its own")
-
-
-def output_padding(deep: int, shallow: int) -> int:
-    """What a stride-2 transposed 3x3 convolution must add to reach a size: 0 for 2 n - 1, 1 for 2 n.
-
-    Raises:
-        InputError: the size cannot be reached.
-    """
-    padding = shallow - (2 * deep - 1)
-    if padding not in (0, 1):
-        raise InputError(
-            f"sizes: a map of size {deep} can be transformed to {2 * deep - 1} or {2 * deep}, not to {shallow}; "
-            "give one map per resolution, each half of the one before it (rounded up)"
-        )
-    return padding
+        learns = torch.is_grad_enabled() and norm.weight.requires_grad and not attention
+        options.append(StageOptions(padding, norm.training, norm.training or learns, norm.momentum, norm.eps, dtype))
+    return tuple(options)

@@ -1,25 +1,38 @@
 """What one stage gives back, allocated alike by the kernels, their fakes and the closed form."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
 class StageOutputs(NamedTuple):
-    """Results of one stage's forward.
+    """Results of one stage's forward, one entry per transform.
 
     Attributes:
-        out: the stage's map [B, C_out, H_out, W_out].
-        normed: what the norm took in, like `out`; empty where it is not kept.
-        mean, rstd: [C_out] in the dtype of the statistics, what the norm subtracted and multiplied with.
+        out: the stage's maps [B, C_out, H_out, W_out].
+        normed: what the norms took in, like `out`; empty where it is not kept.
+        mean, rstd: [C_out] in the dtype of the statistics, what the norms subtracted and multiplied with.
     """
 
-    out: Tensor
-    normed: Tensor
-    mean: Tensor
-    rstd: Tensor
+    out: list[Tensor]
+    normed: list[Tensor]
+    mean: list[Tensor]
+    rstd: list[Tensor]
+
+
+def alike(keys: Sequence[Any]) -> list[list[int]]:
+    """Places of equal keys, in order of appearance."""
+    groups: list[tuple[Any, list[int]]] = []
+    for i, key in enumerate(keys):
+        for other, members in groups:
+            if other == key:
+                members.append(i)
+                break
+        else:
+            groups.append((key, [i]))
+    return [members for _, members in groups]
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -27,25 +40,37 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def stage_outputs(x: Tensor, weight: Tensor, padding: Sequence[int], keep: bool, dtype: torch.dtype) -> StageOutputs:
+def stage_outputs(
+    xs: Sequence[Tensor], weights: Sequence[Tensor], padding: Sequence[int], keep: bool, dtype: torch.dtype
+) -> StageOutputs:
     """Uninitialised results; maps in the memory format of x."""
-    batch, _, height, width = x.shape
-    size = batch, weight.shape[1], 2 * height - 1 + padding[0], 2 * width - 1 + padding[1]
-    out = _empty(x, size, dtype)
-    normed = torch.empty_like(out) if keep else out.new_empty(0)
-    mean, rstd = (out.new_empty(weight.shape[1], dtype=statistics_dtype(dtype)) for _ in range(2))
+    out = [_empty(x, _size(x, weight, padding), dtype) for x, weight in zip(xs, weights, strict=True)]
+    normed = [torch.empty_like(y) for y in out] if keep else []
+    mean, rstd = ([y.new_empty(y.shape[1], dtype=statistics_dtype(dtype)) for y in out] for _ in range(2))
     return StageOutputs(out, normed, mean, rstd)
 
 
-def stage_gradients(
-    x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, needed: Sequence[bool]
-) -> list[Tensor | None]:
-    """Uninitialised gradients in the dtypes and formats of the tensors, None where they are not needed."""
-    found = []
-    for t, need in zip((x, weight, gamma, beta), needed, strict=True):
-        made = (_empty(t, t.shape, t.dtype) if t.dim() == 4 else torch.empty_like(t)) if need else None
-        found.append(made)
-    return found
+def attention_outputs(
+    xs: Sequence[Tensor], weights: Sequence[Tensor], padding: Sequence[int], last: bool, dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Uninitialised attention maps [B, H_out, W_out], and the maps themselves unless the stage is the last."""
+    sizes = [_size(x, weight, padding) for x, weight in zip(xs, weights, strict=True)]
+    maps = [] if last else [_empty(x, size, dtype) for x, size in zip(xs, sizes, strict=True)]
+    wide = statistics_dtype(dtype)
+    return [x.new_empty((size[0], *size[2:]), dtype=wide) for x, size in zip(xs, sizes, strict=True)], maps
+
+
+def stage_gradients(tensors: Sequence[Sequence[Tensor]], needed: Sequence[bool]) -> list[list[Tensor]]:
+    """Uninitialised gradients of x, weight, gamma and beta in their dtypes and formats; empty where not needed."""
+    return [[_like(t) for t in own] if need else [] for own, need in zip(tensors, needed, strict=True)]
+
+
+def _size(x: Tensor, weight: Tensor, padding: Sequence[int]) -> tuple[int, ...]:
+    return x.shape[0], weight.shape[1], 2 * x.shape[2] - 1 + padding[0], 2 * x.shape[3] - 1 + padding[1]
+
+
+def _like(t: Tensor) -> Tensor:
+    return _empty(t, t.shape, t.dtype) if t.dim() == 4 else torch.empty_like(t)
 
 
 def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

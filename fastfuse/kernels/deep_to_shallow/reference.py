@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastfuse.kernels import _numerics
 from fastfuse.kernels._numerics import BatchNorm
 
 
@@ -19,3 +20,15 @@ def deep_to_shallow(
         x = torch.relu(norm(x))
         maps.append(x)
     return maps
+
+
+@torch.no_grad()
+def attention(
+    x: Tensor,
+    shift: Tensor | None,
+    stages: Sequence[tuple[Tensor, BatchNorm]],
+    paddings: Sequence[tuple[int, int]],
+) -> list[Tensor]:
+    """Attention maps of the maps of x, to which `shift` [B, H, W] is added in all channels."""
+    x = x if shift is None else x + shift.unsqueeze(1).to(x.dtype)
+    return [_numerics.attention(y) for y in deep_to_shallow(x, stages, paddings)]

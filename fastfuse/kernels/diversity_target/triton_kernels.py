@@ -1,11 +1,15 @@
-"""Triton kernels of diversity_loss and diversity_target: one program per sample, its attention map in registers."""
+"""Triton kernels of the diversity operators: one program per sample and pair, its attention map in registers."""
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfuse.kernels._triton import map_strides
+from fastfuse.kernels import _triton
+from fastfuse.kernels._device import ordered_sum, pick, pick_pointer, table
+from fastfuse.kernels.diversity_target.layout import map_like, sizes
 
 # Channels times positions that one program holds of a feature map at a time: 32 values for each of 128 threads.
 TILE = 4096
@@ -15,30 +19,32 @@ REDUCE_BLOCK = 256
 
 
 @triton.jit
-def _tile(strides, sample, first, channels, positions, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Offsets and mask of channels first.. of one sample, [BLOCK_C, BLOCK_N]."""
+def _tile(layout, pair, sample, first, positions, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Offsets and mask of channels first.. of one sample of one pair's map, [BLOCK_C, BLOCK_N]."""
     c = (first + tl.arange(0, BLOCK_C))[:, None]
     n = tl.arange(0, BLOCK_N)[None, :]
-    offsets = sample * strides[0] + c.to(tl.int64) * strides[1] + n.to(tl.int64) * strides[2]
-    return offsets, (c < channels) & (n < positions)
+    channel = c.to(tl.int64) * pick(layout[2], pair)
+    offsets = sample * pick(layout[1], pair) + channel + n.to(tl.int64) * pick(layout[3], pair)
+    return offsets, (c < pick(layout[0], pair)) & (n < positions)
 
 
 @triton.jit
 def _attention(
-    x, strides, sample, channels, positions, IS_MAP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr
+    maps, layout, pair, sample, positions, READY: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """Channel mean of squares, or the ready map; every position is summed in the same order, so ties stay ties."""
-    if IS_MAP:
-        n = tl.arange(0, BLOCK_N)
-        place = x + sample * strides[0] + n.to(tl.int64) * strides[2]
-        found = tl.load(place, mask=n < positions, other=0.0).to(tl.float32)
+    start = pick_pointer(maps, pair)
+    if READY:
+        offsets, inside = _tile(layout, pair, sample, 0, positions, 1, BLOCK_N)
+        found = tl.sum(tl.load(start + offsets, mask=inside, other=0.0).to(tl.float32), 0)
     else:
+        channels = pick(layout[0], pair)
         squares = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
         for first in range(0, channels, BLOCK_C):
-            offsets, inside = _tile(strides, sample, first, channels, positions, BLOCK_C, BLOCK_N)
-            tile = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+            offsets, inside = _tile(layout, pair, sample, first, positions, BLOCK_C, BLOCK_N)
+            tile = tl.load(start + offsets, mask=inside, other=0.0).to(tl.float32)
             squares += tile * tile
-        found = tl.div_rn(tl.sum(squares, 0), tl.cast(channels, tl.float32))
+        found = tl.div_rn(tl.sum(squares, 0), tl.zeros((), tl.float32) + channels)
     return found
 
 
@@ -50,7 +56,7 @@ def _unit(attention):
 
 
 @triton.jit
-def _shifted(attention, positions, PUBLISHED: tl.constexpr, BLOCK_N: tl.constexpr):
+def _target(attention, positions, PUBLISHED: tl.constexpr, BLOCK_N: tl.constexpr):
     """Target t, normalised attention and norm of an attention map."""
     unit, norm = _unit(attention)
     n = tl.arange(0, BLOCK_N)
@@ -62,130 +68,139 @@ def _shifted(attention, positions, PUBLISHED: tl.constexpr, BLOCK_N: tl.constexp
 
 
 @triton.jit
-def diversity_loss_fwd_sample_kernel(
-    x, x_strides, y, y_strides, losses, slope, x_channels, y_channels, positions,
-    X_IS_MAP: tl.constexpr, Y_IS_MAP: tl.constexpr, PUBLISHED: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    sample = tl.program_id(0).to(tl.int64)
-    attention = _attention(y, y_strides, sample, y_channels, positions, Y_IS_MAP, BLOCK_C, BLOCK_N)
-    target, _, _ = _shifted(attention, positions, PUBLISHED, BLOCK_N)
-    attention = _attention(x, x_strides, sample, x_channels, positions, X_IS_MAP, BLOCK_C, BLOCK_N)
-    unit, norm = _unit(attention)
-    n = tl.arange(0, BLOCK_N)
-    error = tl.where(n < positions, unit - target, 0.0)
-    tl.store(losses + sample, tl.sum(error * error, 0) / positions)
-    # (xh.t) xh - t, written so that it does not cancel where xh is close to t.
-    along = error - unit * tl.sum(unit * error, 0)
-    per_value = 2.0 / positions
-    if not X_IS_MAP:
-        per_value = per_value * 2.0 / x_channels
-    found = tl.where(norm < 1e-12, 0.0, per_value * along / tl.maximum(norm, 1e-12))
-    tl.store(slope + sample * positions + n, found, mask=n < positions)
-
-
-@triton.jit
-def diversity_loss_fwd_reduce_kernel(losses, loss, batch, divisor, BLOCK: tl.constexpr):
-    summed = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, batch, BLOCK):
-        b = start + tl.arange(0, BLOCK)
-        summed += tl.load(losses + b, mask=b < batch, other=0.0)
-    tl.store(loss, tl.sum(summed, 0) / divisor)
-
-
-@triton.jit
-def diversity_target_fwd_shift_kernel(
-    y, y_strides, shifted, shifted_strides, channels, positions,
+def diversity_target_fwd_sample_kernel(
+    x, x_layout, y, y_layout, shifted, shifted_layout, extents, losses, slope, row, width,
+    LOSS: tl.constexpr, SHIFT: tl.constexpr, READY_X: tl.constexpr, READY_Y: tl.constexpr,
     PUBLISHED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    sample = tl.program_id(0).to(tl.int64)
-    attention = _attention(y, y_strides, sample, channels, positions, False, BLOCK_C, BLOCK_N)
-    target, unit, norm = _shifted(attention, positions, PUBLISHED, BLOCK_N)
-    shift = (target - unit) * norm / channels
-    for first in range(0, channels, BLOCK_C):
-        offsets, inside = _tile(y_strides, sample, first, channels, positions, BLOCK_C, BLOCK_N)
-        tile = tl.load(y + offsets, mask=inside, other=0.0).to(tl.float32)
-        offsets, inside = _tile(shifted_strides, sample, first, channels, positions, BLOCK_C, BLOCK_N)
-        tl.store(shifted + offsets, tile + shift[None, :], mask=inside)
+    """The loss of a sample and its slope (LOSS), and y with its attention shifted (SHIFT)."""
+    sample, pair = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if sample < pick(extents[0], pair):
+        positions = pick(extents[1], pair)
+        attention = _attention(y, y_layout, pair, sample, positions, READY_Y, BLOCK_C, BLOCK_N)
+        target, unit, norm = _target(attention, positions, PUBLISHED, BLOCK_N)
+        shift = (target - unit) * norm / pick(y_layout[0], pair)
+        if LOSS:
+            attention = _attention(x, x_layout, pair, sample, positions, READY_X, BLOCK_C, BLOCK_N)
+            unit, norm = _unit(attention)
+            n = tl.arange(0, BLOCK_N)
+            error = tl.where(n < positions, unit - target, 0.0)
+            place = pair * row + sample
+            tl.store(losses + place, tl.sum(error * error, 0) / positions)
+            # (xh.t) xh - t, written so that it does not cancel where xh is close to t.
+            along = error - unit * tl.sum(unit * error, 0)
+            per_value = 2.0 / positions
+            if not READY_X:
+                per_value = per_value * 2.0 / pick(x_layout[0], pair)
+            found = tl.where(norm < 1e-12, 0.0, per_value * along / tl.maximum(norm, 1e-12))
+            tl.store(slope + place * width + n, found, mask=n < positions)
+        if SHIFT:
+            start, to = pick_pointer(y, pair), pick_pointer(shifted, pair)
+            for first in range(0, pick(y_layout[0], pair), BLOCK_C):
+                offsets, inside = _tile(y_layout, pair, sample, first, positions, BLOCK_C, BLOCK_N)
+                tile = tl.load(start + offsets, mask=inside, other=0.0).to(tl.float32)
+                offsets, inside = _tile(shifted_layout, pair, sample, first, positions, BLOCK_C, BLOCK_N)
+                tl.store(to + offsets, tile + shift[None, :], mask=inside)
 
 
 @triton.jit
-def diversity_loss_bwd_map_kernel(
-    grad, grad_stride, x, x_strides, slope, grad_x, grad_x_strides, channels, positions, divisor,
-    IS_MAP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+def diversity_target_fwd_reduce_kernel(per_sample, row, batches, losses, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per pair adds its samples in a fixed order."""
+    pair = tl.program_id(0)
+    batch = pick(batches, pair)
+    loss = ordered_sum(per_sample + pair * row, batch, BLOCK)
+    if MEAN:
+        loss = tl.div_rn(loss, tl.zeros((), tl.float32) + batch)
+    tl.store(losses + pair, loss)
+
+
+@triton.jit
+def diversity_target_bwd_map_kernel(
+    cotangent, cotangent_strides, slope, row, width, x, x_layout, gradients, gradient_layout, extents,
+    MEAN: tl.constexpr, READY: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    sample = tl.program_id(0).to(tl.int64)
-    n = tl.arange(0, BLOCK_N)
-    scale = tl.load(grad + sample * grad_stride) / divisor
-    slopes = scale * tl.load(slope + sample * positions + n, mask=n < positions, other=0.0)
+    """One program per sample, BLOCK_C channels and map that needs a gradient: slope times x, or the slope itself."""
+    sample, item = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    batch, positions, pair = pick(extents[0], item), pick(extents[1], item), pick(extents[2], item)
     first = tl.program_id(1) * BLOCK_C
-    if IS_MAP:
-        tile = tl.full((BLOCK_C, BLOCK_N), 1.0, tl.float32)
-    else:
-        offsets, inside = _tile(x_strides, sample, first, channels, positions, BLOCK_C, BLOCK_N)
-        tile = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
-    offsets, inside = _tile(grad_x_strides, sample, first, channels, positions, BLOCK_C, BLOCK_N)
-    tl.store(grad_x + offsets, tile * slopes[None, :], mask=inside)
+    if (sample < batch) & (first < pick(x_layout[0], item)):
+        scale = tl.load(cotangent + pair * cotangent_strides[0] + sample * cotangent_strides[1])
+        if MEAN:
+            scale = scale / batch
+        n = tl.arange(0, BLOCK_N)
+        slopes = scale * tl.load(slope + (pair * row + sample) * width + n, mask=n < positions, other=0.0)
+        if READY:
+            tile = tl.full((BLOCK_C, BLOCK_N), 1.0, tl.float32)
+        else:
+            offsets, inside = _tile(x_layout, item, sample, first, positions, BLOCK_C, BLOCK_N)
+            tile = tl.load(pick_pointer(x, item) + offsets, mask=inside, other=0.0).to(tl.float32)
+        offsets, inside = _tile(gradient_layout, item, sample, first, positions, BLOCK_C, BLOCK_N)
+        tl.store(pick_pointer(gradients, item) + offsets, tile * slopes[None, :], mask=inside)
 
 
-def _channels(x: Tensor) -> int:
-    return x.shape[1] if x.dim() == 4 else 1
+def _addresses(maps: Sequence[Tensor]) -> tuple[tuple, tuple]:
+    """The maps, and tables of their channels (1 for a ready map) and of the strides of sample, channel, position."""
+    rows = [(x.shape[1] if x.dim() == 4 else 1, *_triton.map_strides(x)[1:]) for x in maps]
+    return tuple(maps), tuple(table(values) for values in zip(*rows, strict=True))
 
 
-def _blocks(channels: int, positions: int) -> dict[str, int]:
-    block_n = triton.next_power_of_2(positions)
+def _extents(maps: Sequence[Tensor]) -> tuple[tuple, tuple]:
+    """Tables of batches and positions."""
+    return table([x.shape[0] for x in maps]), table([x.shape[-1] * x.shape[-2] for x in maps])
+
+
+def _blocks(maps: Sequence[Tensor], width: int) -> dict[str, int]:
+    features = [x for x in maps if x.dim() == 4]
+    channels = max((x.shape[1] for x in features), default=1)
+    # Where rows of the contiguous axis start at odd places, every element has an address of its own: fewer fit the
+    # registers (520 bytes spilled on sm_90 at 18 channels in channels-last with the full tile).
+    odd = any((x.shape[1] if x.stride(1) == 1 else x.shape[-2] * x.shape[-1]) % 16 for x in features)
+    block_n = triton.next_power_of_2(width)
     return {
-        "BLOCK_C": min(triton.next_power_of_2(max(channels, 1)), max(TILE // block_n, 1)),
+        "BLOCK_C": min(triton.next_power_of_2(max(channels, 1)), max(TILE // (2 if odd else 1) // block_n, 1)),
         "BLOCK_N": block_n,
         "num_warps": WARPS,
     }
 
 
-def launch_loss_fwd(x: Tensor, y: Tensor, mode: str, reduction: str) -> tuple[Tensor, Tensor]:
-    """Loss, and its derivative with respect to each position of x's map."""
-    batch, positions = x.shape[0], x.shape[-1] * x.shape[-2]
-    kept = {"dtype": torch.float32, "device": x.device}
-    losses, slope = torch.empty(batch, **kept), torch.empty(batch, positions, **kept)
-    x, *x_strides = map_strides(x)
-    y, *y_strides = map_strides(y)
-    if batch:
-        diversity_loss_fwd_sample_kernel[(batch,)](
-            x, tuple(x_strides), y, tuple(y_strides), losses, slope, _channels(x), _channels(y), positions,
-            X_IS_MAP=x.dim() == 3, Y_IS_MAP=y.dim() == 3, PUBLISHED=mode == "published",
-            **_blocks(max(_channels(x), _channels(y)), positions),
+def forward(
+    x: Sequence[Tensor], y: Sequence[Tensor], mode: str, reduction: str, shift: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """As `closed_form.forward`, for maps of one dtype and kind on each side. At most two launches for all pairs."""
+    pairs, (row, width) = len(x), sizes(y)
+    per_sample = y[0].new_empty((pairs, row), dtype=torch.float32)
+    slope = y[0].new_empty((pairs, row, width), dtype=torch.float32)
+    shifted = [map_like(one) for one in y if shift]
+    extents = _extents(y)
+    if row:
+        # In place of maps that there are not stand the y; nothing is read from them or written to them.
+        diversity_target_fwd_sample_kernel[(row, len(y))](
+            *_addresses(x or y), *_addresses(y), *_addresses(shifted or y), extents, per_sample, slope, row, width,
+            LOSS=pairs > 0, SHIFT=shift, READY_X=(x or y)[0].dim() == 3, READY_Y=y[0].dim() == 3,
+            PUBLISHED=mode == "published", **_blocks((*x, *y), width),
         )  # fmt: skip
-    if reduction == "none":
-        return losses, slope
-    loss = torch.empty((), **kept)
-    divisor = float(batch if reduction == "mean" else 1)
-    diversity_loss_fwd_reduce_kernel[(1,)](losses, loss, batch, divisor, BLOCK=REDUCE_BLOCK, num_warps=WARPS)
-    return loss, slope
+    if reduction == "none" or not pairs:
+        return per_sample if reduction == "none" else per_sample.new_empty(0), slope, shifted
+    losses = y[0].new_empty(pairs, dtype=torch.float32)
+    diversity_target_fwd_reduce_kernel[(pairs,)](
+        per_sample, row, extents[0], losses, MEAN=reduction == "mean", BLOCK=REDUCE_BLOCK, num_warps=WARPS
+    )
+    return losses, slope, shifted
 
 
-def launch_loss_bwd(grad: Tensor, x: Tensor, slope: Tensor, reduction: str) -> Tensor:
-    """Gradient of x."""
-    x, *x_strides = map_strides(x)
-    grad_x = torch.empty_like(x)
-    _, *grad_x_strides = map_strides(grad_x)
-    channels, (batch, positions) = _channels(x), slope.shape
-    if batch and channels:
-        blocks = _blocks(channels, positions)
-        diversity_loss_bwd_map_kernel[batch, triton.cdiv(channels, blocks["BLOCK_C"])](
-            grad, grad.stride(0) if grad.dim() else 0, x, tuple(x_strides), slope, grad_x, tuple(grad_x_strides),
-            channels, positions, float(batch if reduction == "mean" else 1), IS_MAP=x.dim() == 3, **blocks,
+def backward(
+    cotangent: Tensor, slope: Tensor, x: Sequence[Tensor], pairs: Sequence[int], reduction: str
+) -> list[Tensor]:
+    """Gradients of some x, those of the given pairs of the forward. One launch."""
+    gradients = [map_like(one) for one in x]
+    _, row, width = slope.shape
+    blocks = _blocks(x, sizes(x)[1])
+    channels = max(one.shape[1] if one.dim() == 4 else 1 for one in x)
+    grid = (sizes(x)[0], triton.cdiv(channels, blocks["BLOCK_C"]), len(x))
+    if grid[0] and grid[1]:
+        diversity_target_bwd_map_kernel[grid](
+            cotangent, (cotangent.stride(0), cotangent.stride(1) if reduction == "none" else 0), slope, row, width,
+            *_addresses(x), *_addresses(gradients), (*_extents(x), table(pairs)),
+            MEAN=reduction == "mean", READY=x[0].dim() == 3, **blocks,
         )  # fmt: skip
-    return grad_x
-
-
-def launch_target_fwd(y: Tensor, mode: str) -> Tensor:
-    """The shifted feature map."""
-    y, *y_strides = map_strides(y)
-    shifted = torch.empty_like(y)
-    _, *shifted_strides = map_strides(shifted)
-    batch, channels, height, width = y.shape
-    if batch and channels:
-        diversity_target_fwd_shift_kernel[(batch,)](
-            y, tuple(y_strides), shifted, tuple(shifted_strides), channels, height * width,
-            PUBLISHED=mode == "published", **_blocks(channels, height * width),
-        )  # fmt: skip
-    return shifted
+    return gradients

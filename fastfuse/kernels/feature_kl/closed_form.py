@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastfuse.kernels import _students
 from fastfuse.kernels._numerics import accumulate
 from fastfuse.kernels.feature_kl import reference
 
@@ -13,7 +13,7 @@ from fastfuse.kernels.feature_kl import reference
 def forward(features: Sequence[Tensor], targets: Sequence[Tensor], temperature: float, over_channels: bool) -> Tensor:
     """Loss; one target stands for all students."""
     over = "channels" if over_channels else "positions"
-    return reference.feature_kl(features, _one_each(features, targets), temperature, over)
+    return reference.feature_kl(features, _students.one_each(features, targets), temperature, over)
 
 
 def backward(
@@ -27,7 +27,7 @@ def backward(
     """Gradients of those of (*features, *targets) that are wanted, each in its map's dtype and strides."""
     dim = 1 if over_channels else 2
     own, goals = [], []
-    for feature, target in zip(features, _one_each(features, targets), strict=True):
+    for feature, target in zip(features, _students.one_each(features, targets), strict=True):
         rows = [accumulate(x).flatten(2) / temperature for x in (feature, target)]
         log_p, log_q = (functional.log_softmax(x, dim) for x in rows)
         p, q, ratio = log_p.exp(), log_q.exp(), log_q - log_p
@@ -35,10 +35,4 @@ def backward(
         scale = gradient * temperature / distributions
         own.append((scale * (p - q)).view(feature.shape))
         goals.append((scale * q * (ratio - (q * ratio).sum(dim, keepdim=True))).view(feature.shape))
-    goals = [sum(goals)] if len(targets) == 1 else goals
-    every = zip((*features, *targets), (*own, *goals), wanted, strict=True)
-    return [torch.empty_like(x).copy_(g) for x, g, asked in every if asked]
-
-
-def _one_each(features: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Tensor]:
-    return list(targets) * len(features) if len(targets) == 1 else list(targets)
+    return _students.closed_gradients(features, targets, own, goals, wanted)

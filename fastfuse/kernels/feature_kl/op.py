@@ -1,17 +1,14 @@
 """Public form of feature_kl, and its registration."""
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastfuse.errors import InputError
-from fastfuse.kernels import _dispatch, _library, _students, _triton
+from fastfuse.kernels import _students
 from fastfuse.kernels.feature_kl import closed_form, reference
 
-_dispatch.register("feature_kl", {"triton": _triton.why_not, "reference": None})
+_students.define("feature_kl", ", float temperature, bool over_channels", closed_form)
 
 
 def feature_kl(
@@ -48,60 +45,6 @@ def feature_kl(
         raise InputError(f"temperature must be positive, not {temperature}")
     if over not in ("positions", "channels"):
         raise InputError(f"over is 'positions' or 'channels', not {over!r}")
-    if {_dispatch.resolve("feature_kl", backend, x) for x in (*features, *targets)} != {"triton"}:
+    if not _students.usable("feature_kl", backend, (*features, *targets)):
         return reference.feature_kl(features, targets, temperature, over)
-    maps = (_triton.map_strides(x)[0] for x in (*features, *(targets[:1] if isinstance(target, Tensor) else targets)))
-    return _FeatureKl.apply(len(features), float(temperature), over == "channels", *maps)
-
-
-class _FeatureKl(torch.autograd.Function):
-    """feature_kl of the first `students` maps against the other maps, one for all or one each."""
-
-    @staticmethod
-    def forward(ctx: Any, students: int, temperature: float, over_channels: bool, *maps: Tensor) -> Tensor:
-        ctx.students, ctx.form = students, (temperature, over_channels)
-        ctx.save_for_backward(*maps)
-        return torch.ops.fastfuse.feature_kl_fwd(maps[:students], maps[students:], *ctx.form)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        maps, wanted = ctx.saved_tensors, ctx.needs_input_grad[3:]
-        features, targets = maps[: ctx.students], maps[ctx.students :]
-        found = iter(torch.ops.fastfuse.feature_kl_bwd(gradient, features, targets, *ctx.form, wanted))
-        return None, None, None, *(next(found) if asked else None for asked in wanted)
-
-
-def _empty_loss(
-    features: Sequence[Tensor], targets: Sequence[Tensor], temperature: float, over_channels: bool
-) -> Tensor:
-    dtype = torch.promote_types(features[0].dtype, targets[0].dtype)
-    return features[0].new_empty((), dtype=torch.promote_types(dtype, torch.float32))
-
-
-def _empty_gradients(
-    gradient: Tensor,
-    features: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    temperature: float,
-    over_channels: bool,
-    wanted: Sequence[bool],
-) -> list[Tensor]:
-    return [torch.empty_like(x) for x, asked in zip((*features, *targets), wanted, strict=True) if asked]
-
-
-_library.define(
-    "feature_kl_fwd",
-    "(Tensor[] features, Tensor[] targets, float temperature, bool over_channels) -> Tensor",
-    fake=_empty_loss,
-    closed_form=closed_form.forward,
-    launcher="fastfuse.kernels.feature_kl.triton_kernels:forward",
-)
-_library.define(
-    "feature_kl_bwd",
-    "(Tensor gradient, Tensor[] features, Tensor[] targets, float temperature, bool over_channels, bool[] wanted) "
-    "-> Tensor[]",
-    fake=_empty_gradients,
-    closed_form=closed_form.backward,
-    launcher="fastfuse.kernels.feature_kl.triton_kernels:backward",
-)
+    return _students.loss("feature_kl", features, target, float(temperature), over == "channels")

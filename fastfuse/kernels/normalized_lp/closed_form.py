@@ -1,11 +1,15 @@
-"""Forward and backward of normalized_lp in eager tensor code, for CPU tensors and as a check of the kernels' maths."""
+"""Forward and backward of normalized_lp and its joint form in eager tensor code, for CPU tensors.
+
+Also a check of the kernels' maths: nothing here is differentiated.
+"""
 
 from collections.abc import Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
 
-from fastfuse.kernels._numerics import accumulate, reduce
+from fastfuse.kernels._numerics import accumulate, attention, reduce
 from fastfuse.kernels.normalized_lp.layout import gradient_like
 
 
@@ -51,6 +55,48 @@ def backward(
                 gradient = scale * (slope - found[2 + side] * own)
                 gradients[side].append(gradient_like(m).copy_(gradient.view(m.shape)))
     return [*gradients[0], *gradients[1]]
+
+
+def joint_forward(
+    inputs: Sequence[Tensor], targets: Sequence[Tensor], p: int, reduction: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both losses [P] or [P, B], attention maps [2, sum of B H W], stats [10, P, B]: features' six, maps' four."""
+    feature, stats = forward(inputs, targets, p, reduction)
+    own, other = ([attention(x) for x in side] for side in (inputs, targets))
+    through, map_stats = forward(own, other, 2, reduction)
+    maps = torch.stack([torch.cat([a.flatten() for a in side]) for side in (own, other)])
+    return feature, through, maps, torch.cat([stats, map_stats[:4]])
+
+
+def joint_backward(
+    feature_cotangent: Tensor,
+    attention_cotangent: Tensor,
+    maps: Tensor,
+    stats: Tensor,
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    pairs: Sequence[int],
+    starts: Sequence[int],
+    wanted: Sequence[bool],
+    p: int,
+    reduction: str,
+) -> list[Tensor]:
+    """As `backward`, of the sum of both losses; `starts` are the places of the pairs' attention maps."""
+    exact = [[accumulate(x) for x in side] for side in (inputs, targets)]
+    small = [
+        [
+            row[start : start + x[:, :1].numel()].view(x.shape[0], *x.shape[2:])
+            for x, start in zip(side, starts, strict=True)
+        ]
+        for side, row in zip(exact, maps, strict=True)
+    ]
+    feature = backward(feature_cotangent, stats[:6], *exact, pairs, wanted, p, reduction)
+    through = backward(attention_cotangent, stats[6:], *small, pairs, wanted, 2, reduction)
+    own = compress((*inputs, *targets), wanted)
+    return [
+        gradient_like(x).copy_(dx + accumulate(x) * da.unsqueeze(1) * (2 / max(x.shape[1], 1)))
+        for x, dx, da in zip(own, feature, through, strict=True)
+    ]
 
 
 def _slope(a: Tensor, b: Tensor, p: int) -> Tensor:

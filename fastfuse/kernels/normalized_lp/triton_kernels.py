@@ -1,8 +1,6 @@
 """Triton kernels of normalized_lp: partial sums over tiles of a sample, combined per sample and then over samples.
 
-p = 2 reads the maps once. Within a tile the distance is held as that of x from its best multiple r y, with what is left
-over orthogonal to y, so that samples that nearly agree lose nothing to cancellation when the tiles are combined. p = 1
-reads them twice: its distance cannot be taken before the norms are known.
+p = 2 reads the maps once. p = 1 reads them twice: its distance cannot be taken before the norms are known.
 """
 
 from collections.abc import Sequence
@@ -13,8 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfuse.kernels._device import ordered_sum, pick, pick_pointer, table
+from fastfuse.kernels._device import pick, pick_pointer, table
 from fastfuse.kernels.normalized_lp.layout import gradient_like, rows
+from fastfuse.kernels.normalized_lp.triton_sums import (
+    combine,
+    distance_slope,
+    map_slope,
+    normalized_lp_fwd_reduce_kernel,
+    norms,
+    store_distance,
+    store_squares,
+)
 
 # 32 elements of each map for each of 128 threads: in bf16 eight 16-byte loads in flight per thread.
 TILE = 4096
@@ -45,25 +52,6 @@ def _tile(x, x_layout, y, y_layout, extents, pair, sample, tile, FLAT: tl.conste
 
 
 @triton.jit
-def _ratio(x_norm, y_norm):
-    """|x| / |y| from fp64 norms, as two fp32 numbers: rounded to one it would turn small angles between x and y."""
-    ratio = tl.maximum(x_norm, 1e-12) / tl.maximum(y_norm, 1e-12)
-    high = ratio.to(tl.float32)
-    return high, (ratio - high).to(tl.float32)
-
-
-@triton.jit
-def _difference(a, b, x_scale, ratio, rest):
-    """xh - yh, as (x - |x| / |y| y) / |x|."""
-    return (a - ratio * b - rest * b) * x_scale
-
-
-@triton.jit
-def _sign(x):
-    return tl.where(x > 0, 1.0, 0.0) - tl.where(x < 0, 1.0, 0.0)
-
-
-@triton.jit
 def _first_tile(extents, pair, sample, TILE: tl.constexpr):
     """The place of a sample's first tile among all tiles, and how many it has."""
     tiles = tl.cdiv(pick(extents[1], pair), TILE)
@@ -79,16 +67,7 @@ def normalized_lp_fwd_tile_kernel(
     first, tiles = _first_tile(extents, pair, sample, TILE)
     if (sample < pick(extents[0], pair)) & (tile < tiles):
         a, b = _tile(x, x_layout, y, y_layout, extents, pair, sample, tile, FLAT, TILE)
-        place = partial + first + tile
-        y_square = tl.sum(b * b)
-        tl.store(place, tl.sum(a * a))
-        tl.store(place + plane, y_square)
-        if P == 2:
-            ratio = tl.sum(a * b) / tl.maximum(y_square, 1e-37)
-            rest = a - ratio * b
-            tl.store(place + 2 * plane, ratio)
-            tl.store(place + 3 * plane, tl.sum(rest * rest))
-            tl.store(place + 4 * plane, tl.sum(rest * b))
+        store_squares(partial + first + tile, plane, a, b, tl.sum(a * a), tl.sum(b * b), tl.sum(a * b), P)
 
 
 @triton.jit
@@ -99,34 +78,9 @@ def normalized_lp_fwd_distance_kernel(
     sample, tile, pair = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     first, tiles = _first_tile(extents, pair, sample, TILE)
     if (sample < pick(extents[0], pair)) & (tile < tiles):
-        x_norm = tl.sqrt(ordered_sum(partial + first, tiles, BLOCK, tl.float64))
-        y_norm = tl.sqrt(ordered_sum(partial + plane + first, tiles, BLOCK, tl.float64))
-        ratio, rest = _ratio(x_norm, y_norm)
-        x_scale = 1 / tl.maximum(x_norm.to(tl.float32), 1e-12)
-        y_scale = 1 / tl.maximum(y_norm.to(tl.float32), 1e-12)
+        x_norm, y_norm = norms(partial + first, plane, tiles, BLOCK)
         a, b = _tile(x, x_layout, y, y_layout, extents, pair, sample, tile, FLAT, TILE)
-        difference = _difference(a, b, x_scale, ratio, rest)
-        sign = _sign(difference)
-        place = partial + first + tile
-        tl.store(place + 2 * plane, tl.sum(tl.abs(difference)))
-        tl.store(place + 3 * plane, tl.sum(sign * a * x_scale))
-        tl.store(place + 4 * plane, -tl.sum(sign * b * y_scale))
-
-
-@triton.jit
-def _square_distance(place, plane, tiles, x_scale, y_scale, BLOCK: tl.constexpr):
-    """|xh - yh|^2 from the tiles' own: of each the part orthogonal to y, and what its r is off the sample's."""
-    total = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, tiles, BLOCK):
-        tile = start + tl.arange(0, BLOCK)
-        there = tile < tiles
-        y_square = tl.load(place + plane + tile, mask=there, other=0).to(tl.float64)
-        ratio = tl.load(place + 2 * plane + tile, mask=there, other=0).to(tl.float64)
-        rest = tl.load(place + 3 * plane + tile, mask=there, other=0).to(tl.float64)
-        mixed = tl.load(place + 4 * plane + tile, mask=there, other=0).to(tl.float64)
-        off = x_scale * ratio - y_scale
-        total += x_scale * x_scale * rest + 2 * x_scale * off * mixed + off * off * y_square
-    return tl.sum(total)
+        store_distance(partial + first + tile, plane, a, b, x_norm, y_norm)
 
 
 @triton.jit
@@ -137,42 +91,9 @@ def normalized_lp_fwd_combine_kernel(
     sample, pair = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if sample < pick(extents[0], pair):
         first, tiles = _first_tile(extents, pair, sample, TILE)
-        place = partial + first
-        x_norm = tl.sqrt(ordered_sum(place, tiles, BLOCK, tl.float64))
-        y_norm = tl.sqrt(ordered_sum(place + plane, tiles, BLOCK, tl.float64))
-        x_scale, y_scale = 1 / tl.maximum(x_norm, 1e-12), 1 / tl.maximum(y_norm, 1e-12)
-        if P == 2:
-            distance = _square_distance(place, plane, tiles, x_scale, y_scale, BLOCK)
-            # |xh|^2 and |yh|^2 are 1 but for zero maps.
-            longer = (x_norm * x_scale) * (x_norm * x_scale) - (y_norm * y_scale) * (y_norm * y_scale)
-            x_dot, y_dot = (distance + longer) / 2, (distance - longer) / 2
-        else:
-            distance = ordered_sum(place + 2 * plane, tiles, BLOCK, tl.float64)
-            x_dot, y_dot = (
-                ordered_sum(place + 3 * plane, tiles, BLOCK, tl.float64),
-                ordered_sum(place + 4 * plane, tiles, BLOCK, tl.float64),
-            )
         place = pair * row + sample
         step = tl.num_programs(1) * row
-        tl.store(losses + place, (distance / pick(extents[1], pair)).to(tl.float32))
-        tl.store(stats + place, x_norm.to(tl.float32))
-        tl.store(stats + step + place, y_norm.to(tl.float32))
-        tl.store(stats + 2 * step + place, x_dot.to(tl.float32))
-        tl.store(stats + 3 * step + place, y_dot.to(tl.float32))
-        ratio, rest = _ratio(x_norm, y_norm)
-        tl.store(stats + 4 * step + place, ratio)
-        tl.store(stats + 5 * step + place, rest)
-
-
-@triton.jit
-def normalized_lp_fwd_reduce_kernel(per_sample, row, batches, losses, MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    """One program per pair adds its samples in a fixed order."""
-    pair = tl.program_id(0)
-    batch = pick(batches, pair)
-    loss = ordered_sum(per_sample + pair * row, batch, BLOCK)
-    if MEAN:
-        loss = tl.div_rn(loss, tl.zeros((), tl.float32) + batch)
-    tl.store(losses + pair, loss)
+        combine(partial + first, plane, tiles, pick(extents[1], pair), losses + place, stats + place, step, P, BLOCK)
 
 
 @triton.jit
@@ -186,28 +107,19 @@ def normalized_lp_bwd_kernel(
     if (sample < batch) & (tile * TILE < elements):
         pair = pick(extents[4], item)
         place = stats + pair * row + sample
-        x_norm, y_norm = tl.load(place), tl.load(place + plane)
         a, b = _tile(x, x_layout, y, y_layout, extents, item, sample, tile, FLAT, TILE)
-        x_scale, y_scale = 1 / tl.maximum(x_norm, 1e-12), 1 / tl.maximum(y_norm, 1e-12)
-        g = _difference(a, b, x_scale, tl.load(place + 4 * plane), tl.load(place + 5 * plane))
+        g = distance_slope(place, plane, a, b, P)
         slope = tl.load(cotangent + pair * cotangent_strides[0] + sample * cotangent_strides[1]) / elements
         if MEAN:
             slope = slope / batch
-        if P == 2:
-            slope = 2 * slope
-        else:
-            g = _sign(g)
         element = tile * TILE + tl.arange(0, TILE)
-        # A map without a direction has no gradient; eager multiplies by 1e12 there.
         if pick(extents[5], item):
-            scale = tl.where(x_norm < 1e-12, 0.0, slope * x_scale)
             to = _places(dx_layout, pick(extents[3], item), item, sample, element, FLAT)
-            gradient = scale * (g - tl.load(place + 2 * plane) * x_scale * a)
+            gradient = map_slope(place, plane, a, g, slope, P, 0)
             tl.store(pick_pointer(dx, item) + to, gradient, mask=element < elements)
         if pick(extents[6], item):
-            scale = tl.where(y_norm < 1e-12, 0.0, slope * y_scale)
             to = _places(dy_layout, pick(extents[3], item), item, sample, element, FLAT)
-            gradient = scale * (-g - tl.load(place + 3 * plane) * y_scale * b)
+            gradient = map_slope(place, plane, b, g, slope, P, 1)
             tl.store(pick_pointer(dy, item) + to, gradient, mask=element < elements)
 
 
@@ -258,8 +170,8 @@ def forward(inputs: Sequence[Tensor], targets: Sequence[Tensor], p: int, reducti
     if reduction == "none":
         return per_sample, stats
     losses = inputs[0].new_empty((pairs,), dtype=torch.float32)
-    normalized_lp_fwd_reduce_kernel[(pairs,)](
-        per_sample, row, launch.extents[0], losses, MEAN=reduction == "mean", BLOCK=REDUCE_BLOCK
+    normalized_lp_fwd_reduce_kernel[(pairs, 1)](
+        (per_sample,), row, launch.extents[0], (losses,), MEAN=reduction == "mean", BLOCK=REDUCE_BLOCK
     )  # fmt: skip
     return losses, stats
 

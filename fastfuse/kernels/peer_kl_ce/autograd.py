@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastfuse.kernels import _library
+from fastfuse.kernels._autograd import first_derivatives_only
 from fastfuse.kernels.peer_kl_ce import closed_form
 
 
@@ -19,28 +19,36 @@ class Options(NamedTuple):
     counts: tuple[int, ...]
     ensemble: tuple[int, ...]
     target_epsilon: float
+    label_smoothing: float
     reduction: str
 
 
-_OPTIONS = "float temperature, int[] teachers, int[] counts, int[] ensemble, float target_epsilon, str reduction"
+_OPTIONS = (
+    "float temperature, int[] teachers, int[] counts, int[] ensemble, float target_epsilon, float label_smoothing, "
+    "str reduction"
+)
 
 
 def _fwd_fake(
     logits: Sequence[Tensor],
     labels: Tensor | None,
+    weights: Tensor | None,
     temperature: float,
     teachers: Sequence[int],
     counts: Sequence[int],
     ensemble: Sequence[int],
     target_epsilon: float,
+    label_smoothing: float,
     reduction: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, sources = logits[0].shape[0], len(logits) + bool(ensemble)
     kept = {"dtype": torch.promote_types(logits[0].dtype, torch.float32), "device": logits[0].device}
     shape = (len(counts), batch) if reduction == "none" else (len(counts),)
+    labelled = (0,) if labels is None else shape
     return (
-        torch.empty((0,) if labels is None else shape, **kept),
+        torch.empty(labelled, **kept),
         torch.empty(shape, **kept),
+        torch.empty(labelled, dtype=torch.int64, device=logits[0].device),
         torch.empty(2 if labels is None else 4, sources, batch, **kept),
     )
 
@@ -50,6 +58,7 @@ def _bwd_fake(
     grad_kl: Tensor | None,
     logits: Sequence[Tensor],
     labels: Tensor | None,
+    weights: Tensor | None,
     stats: Tensor,
     heads: Sequence[int],
     *options: Any,
@@ -59,14 +68,14 @@ def _bwd_fake(
 
 _library.define(
     "peer_kl_ce_fwd",
-    f"(Tensor[] logits, Tensor? labels, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor[] logits, Tensor? labels, Tensor? weights, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fwd_fake,
     closed_form=closed_form.forward,
     launcher="fastfuse.kernels.peer_kl_ce.triton_kernels:launch_fwd",
 )
 _library.define(
     "peer_kl_ce_bwd",
-    "(Tensor? grad_ce, Tensor? grad_kl, Tensor[] logits, Tensor? labels, Tensor stats, int[] heads, "
+    "(Tensor? grad_ce, Tensor? grad_kl, Tensor[] logits, Tensor? labels, Tensor? weights, Tensor stats, int[] heads, "
     f"{_OPTIONS}) -> Tensor[]",
     fake=_bwd_fake,
     closed_form=closed_form.backward,
@@ -75,29 +84,34 @@ _library.define(
 
 
 class PeerKlCeFunction(torch.autograd.Function):
-    """Cross-entropy and divergence of all rows; saves the logits and 4 numbers per source and sample."""
+    """Losses and right answers of all rows; saves the logits and 4 numbers per source and sample."""
 
     @staticmethod
-    def forward(ctx: Any, options: Options, labels: Tensor, *logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy and divergence, [heads] each."""
-        ce, kl, stats = torch.ops.fastfuse.peer_kl_ce_fwd(logits, labels, *options)
-        ctx.save_for_backward(labels, stats, *logits)
+    def forward(
+        ctx: Any, options: Options, labels: Tensor, weights: Tensor | None, *logits: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Cross-entropy, divergence and right answers, [heads] each."""
+        ce, kl, correct, stats = torch.ops.fastfuse.peer_kl_ce_fwd(logits, labels, weights, *options)
+        ctx.save_for_backward(labels, weights, stats, *logits)
         ctx.options = options
+        ctx.mark_non_differentiable(correct)
         # No kernel that fills a gradient with zeros where only one of the two losses is used.
         ctx.set_materialize_grads(False)
-        return ce, kl
+        return ce, kl, correct
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_ce: Tensor | None, grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:
+    @first_derivatives_only
+    def backward(ctx: Any, grad_ce: Tensor | None, grad_kl: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         """Gradients of the rows that need one."""
-        labels, stats, *logits = ctx.saved_tensors
-        needs = ctx.needs_input_grad[2:]
+        labels, weights, stats, *logits = ctx.saved_tensors
+        needs = ctx.needs_input_grad[3:]
         heads = [i for i, needed in enumerate(needs) if needed]
         if not heads or (grad_ce is None and grad_kl is None):
             return (None,) * len(ctx.needs_input_grad)
-        found = iter(torch.ops.fastfuse.peer_kl_ce_bwd(grad_ce, grad_kl, logits, labels, stats, heads, *ctx.options))
-        return None, None, *[next(found) if needed else None for needed in needs]
+        found = iter(
+            torch.ops.fastfuse.peer_kl_ce_bwd(grad_ce, grad_kl, logits, labels, weights, stats, heads, *ctx.options)
+        )
+        return None, None, None, *[next(found) if needed else None for needed in needs]
 
 
 class PeerKlFunction(torch.autograd.Function):
@@ -106,15 +120,15 @@ class PeerKlFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: Options, prediction: Tensor, *peers: Tensor) -> Tensor:
         """0-d, or [B] for the reduction "none"."""
-        _, kl, stats = torch.ops.fastfuse.peer_kl_ce_fwd((prediction, *peers), None, *options)
+        _, kl, _, stats = torch.ops.fastfuse.peer_kl_ce_fwd((prediction, *peers), None, None, *options)
         ctx.save_for_backward(stats, prediction, *peers)
         ctx.options = options
         return kl[0]
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of the prediction."""
         stats, *logits = ctx.saved_tensors
-        (found,) = torch.ops.fastfuse.peer_kl_ce_bwd(None, grad[None], logits, None, stats, [0], *ctx.options)
+        (found,) = torch.ops.fastfuse.peer_kl_ce_bwd(None, grad[None], logits, None, None, stats, [0], *ctx.options)
         return None, found, *[None for _ in logits[1:]]

@@ -11,28 +11,33 @@ from fastfuse.kernels._numerics import accumulate, reduce
 def forward(
     logits: Sequence[Tensor],
     labels: Tensor | None,
+    weights: Tensor | None,
     temperature: float,
     teachers: Sequence[int],
     counts: Sequence[int],
     ensemble: Sequence[int],
     epsilon: float,
+    smoothing: float,
     reduction: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy and divergence of the first len(counts) rows, and the statistics for backward.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cross-entropy, divergence and right answers of the first len(counts) rows, and the statistics for backward.
 
     Args:
         logits: rows [B, K]; heads first, then rows that only teach.
         labels: [B]; None: no cross-entropy.
+        weights: [heads, at least sources], that of source j for head i; None: the mean over a head's teachers.
         temperature: T.
         teachers: the heads' teachers, one list after another; index len(logits) is the ensemble.
         counts: how many teachers each head has.
         ensemble: rows whose mean is the ensemble; empty: no head learns from it.
         epsilon: added to every target probability.
+        smoothing: share of the label's probability that all classes get alike.
         reduction: over samples: "mean", "sum" or "none".
 
     Returns:
-        ce ([0] without labels) and kl: [heads], [heads, B] for "none". Then [4, sources, B]: highest logit m and
-        sum of exp(z - m) at temperature T, and the same at temperature 1 (left out without labels).
+        ce, kl and correct (int64): [heads], [heads, B] for "none"; ce and correct are [0] without labels. Then
+        [4, sources, B]: highest logit m and sum of exp(z - m) at temperature T, and the same at temperature 1 (left
+        out without labels).
     """
     sources = _sources(logits, ensemble)
     soft, hard = _statistics(sources / temperature), _statistics(sources)
@@ -40,21 +45,25 @@ def forward(
     kl = []
     for i, own in enumerate(_lists(teachers, counts)):
         per_sample = log_p.new_zeros(log_p.shape[1])
-        for j in own:
+        for j, share in zip(own, _shares(weights, i, own), strict=True):
             q = log_p[j].exp() + epsilon
             log_q = q.log() if epsilon else log_p[j]
-            per_sample = per_sample + torch.where(q != 0, q * (log_q - log_p[i]), 0.0).sum(1)
-        per_sample = per_sample * (temperature**2 / max(len(own), 1))
+            per_sample = per_sample + share * torch.where(q != 0, q * (log_q - log_p[i]), 0.0).sum(1)
+        per_sample = per_sample * temperature**2
         kl.append(reduce(per_sample, reduction) if own or reduction == "none" else per_sample.sum())
     if labels is None:
-        return log_p.new_empty(0), torch.stack(kl), torch.stack(soft)
+        return log_p.new_empty(0), torch.stack(kl), log_p.new_empty(0, dtype=torch.int64), torch.stack(soft)
     valid, index = _valid(labels, sources.shape[2])
-    ce = []
+    ce, correct = [], []
     for i in range(len(counts)):
-        logit = sources[i].gather(1, index[:, None])[:, 0]
-        per_sample = hard[1][i].log() - (logit - hard[0][i])
+        shifted = sources[i] - hard[0][i, :, None]
+        per_sample = hard[1][i].log() - (1 - smoothing) * shifted.gather(1, index[:, None])[:, 0]
+        if smoothing:
+            per_sample = per_sample - smoothing * shifted.mean(1)
         ce.append(reduce(torch.where(valid, per_sample, torch.nan), reduction))
-    return torch.stack(ce), torch.stack(kl), torch.stack([*soft, *hard])
+        right = (sources[i].argmax(1) == labels).long()
+        correct.append(right if reduction == "none" else right.sum())
+    return torch.stack(ce), torch.stack(kl), torch.stack(correct), torch.stack([*soft, *hard])
 
 
 def backward(
@@ -62,6 +71,7 @@ def backward(
     grad_kl: Tensor | None,
     logits: Sequence[Tensor],
     labels: Tensor | None,
+    weights: Tensor | None,
     stats: Tensor,
     heads: Sequence[int],
     temperature: float,
@@ -69,12 +79,14 @@ def backward(
     counts: Sequence[int],
     ensemble: Sequence[int],
     epsilon: float,
+    smoothing: float,
     reduction: str,
 ) -> list[Tensor]:
     """Gradients of the logits of `heads`; the other arguments are those and the results of `forward`.
 
-    d ce / dz = (softmax(z) - onehot) and d kl / dz = T ((1 + K epsilon) p - mean_j q_j), over B for "mean": a target
-    q = softmax + epsilon sums to 1 + K epsilon.
+    d ce / dz = (softmax(z) - (1 - smoothing) onehot - smoothing / K) and
+    d kl / dz = T sum_j w_j ((1 + K epsilon) p - q_j), over B for "mean": a target q = softmax + epsilon sums to
+    1 + K epsilon.
     """
     sources, lists = _sources(logits, ensemble), _lists(teachers, counts)
     batch, classes = logits[0].shape
@@ -86,11 +98,14 @@ def backward(
         if grad_ce is not None and labels is not None:
             valid, index = _valid(labels, classes)
             part = (sources[i] - stats[2, i, :, None]).exp() / stats[3, i, :, None]
-            part = part - torch.nn.functional.one_hot(index, classes)
+            label = torch.nn.functional.one_hot(index, classes).to(part.dtype)
+            part = part - (1 - smoothing) * label - smoothing / classes
             slope = slope + torch.where(valid[:, None], part, torch.nan) * grad_ce[i].view(-1, 1)
         if grad_kl is not None and lists[i]:
-            target = sum(soft[j] for j in lists[i]) / len(lists[i]) + epsilon
-            slope = slope + ((1 + classes * epsilon) * soft[i] - target) * temperature * grad_kl[i].view(-1, 1)
+            own, shares = lists[i], _shares(weights, i, lists[i])
+            own_part = (1 + classes * epsilon) * soft[i]
+            part = sum(share * (own_part - soft[j] - epsilon) for j, share in zip(own, shares, strict=True))
+            slope = slope + part * temperature * grad_kl[i].view(-1, 1)
         gradient = torch.empty_like(logits[i])
         found.append(gradient.copy_(slope / max(divisor, 1)))
     return found
@@ -105,6 +120,11 @@ def _sources(logits: Sequence[Tensor], ensemble: Sequence[int]) -> Tensor:
 def _lists(teachers: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
     remaining = iter(teachers)
     return [[next(remaining) for _ in range(count)] for count in counts]
+
+
+def _shares(weights: Tensor | None, head: int, own: Sequence[int]) -> list[float | Tensor]:
+    """What each of a head's teachers counts."""
+    return [1 / len(own) if weights is None else weights[head, j] for j in own]
 
 
 def _statistics(z: Tensor) -> tuple[Tensor, Tensor]:

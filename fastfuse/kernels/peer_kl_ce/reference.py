@@ -16,21 +16,28 @@ def peer_kl_ce(
     teachers: Sequence[Sequence[int]],
     ensemble: Sequence[int],
     target_epsilon: float,
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy [R] and divergence [R] of R heads; teacher index R is the ensemble."""
+    label_smoothing: float = 0.0,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy, divergence and right answers, [R] each, of R heads.
+
+    Teacher index R is the ensemble; weights [R, R + 1] are those of teacher j for head i, None stands for their mean.
+    """
     logits = [accumulate(row) for row in logits]
-    cross_entropy = torch.stack([functional.cross_entropy(row, labels) for row in logits])
+    losses = [functional.cross_entropy(row, labels, label_smoothing=label_smoothing) for row in logits]
+    correct = [(row.argmax(1) == labels).sum() for row in logits]
 
     used = {j for row in teachers for j in row}
     sources = list(logits)
     if len(logits) in used:
         sources.append(sum(logits[i] for i in ensemble) / len(ensemble))
     targets = {j: _softened(sources[j], temperature) + target_epsilon for j in used}
-    divergences = [
-        _divergence(row, [targets[j] for j in own], temperature).mean() if own else row.new_zeros(())
-        for row, own in zip(logits, teachers, strict=True)
-    ]
-    return cross_entropy, torch.stack(divergences)
+    divergences = [row.new_zeros(()) for row in logits]
+    for i, own in enumerate(teachers):
+        if own:
+            shares = None if weights is None else [weights[i, j] for j in own]
+            divergences[i] = _divergence(logits[i], [targets[j] for j in own], temperature, shares).mean()
+    return torch.stack(losses), torch.stack(divergences), torch.stack(correct)
 
 
 def peer_kl(prediction: Tensor, peers: Sequence[Tensor], temperature: float) -> Tensor:
@@ -42,7 +49,12 @@ def _softened(logits: Tensor, temperature: float) -> Tensor:
     return functional.softmax(logits.detach() / temperature, 1)
 
 
-def _divergence(logits: Tensor, targets: Sequence[Tensor], temperature: float) -> Tensor:
+def _divergence(
+    logits: Tensor, targets: Sequence[Tensor], temperature: float, weights: Sequence[Tensor] | None = None
+) -> Tensor:
+    """Per sample [B]; without weights the mean over the targets."""
     log_p = functional.log_softmax(logits / temperature, 1)
-    per_sample = sum(functional.kl_div(log_p, target, reduction="none").sum(1) for target in targets)
-    return per_sample * (temperature**2 / len(targets))
+    parts = [functional.kl_div(log_p, target, reduction="none").sum(1) for target in targets]
+    if weights is None:
+        return sum(parts) * (temperature**2 / len(parts))
+    return sum(w * part for w, part in zip(weights, parts, strict=True)) * temperature**2
