@@ -15,14 +15,15 @@ from fastfuse.kernels._device import pick, pick_pointer
 from fastfuse.kernels.concat_fuse.layout import empty_map, gradient_of
 from fastfuse.kernels.concat_fuse.triton_tables import Maps, at, locate, some_of, table_of, tiles, weights_of
 
-# Tiles of 64 positions by 64 channels in steps of 32: a warp group's matrix instruction, and no spilled registers where
-# an odd map size allows no wide loads. Exact float32 products run on ordinary cores, whose operands live in registers:
-# twice the warps and half the step.
+# Tiles of 64 positions by 64 channels in steps of 32 for two warp groups: with one, or with wider steps, registers
+# spill on some GPU where a map's odd size allows no wide loads. Exact float32 products run on ordinary cores, whose
+# operands live in registers: half the step, and half the channels of a map's gradient.
 POSITIONS = 64
 OUTPUTS = 64
 CHANNELS = 64
+GRADIENT_CHANNELS = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
 INNER = {torch.float32: 16, torch.float16: 32, torch.bfloat16: 32}
-WARPS = {torch.float32: 8, torch.float16: 4, torch.bfloat16: 4}
+WARPS = 8
 # The weight gradient sums over all positions: split until the device is filled twice, by shapes alone so that results
 # are the same on every GPU, and into no pieces smaller than this.
 PROGRAMS = 264
@@ -194,7 +195,7 @@ def convolve(
     concat_conv1x1_fwd_kernel[(triton.cdiv(positions, POSITIONS), tiles(table, columns))](
         table_of(features), weights_of(weights), table, partial, positions, height * width, sum(table.channels),
         PRECISION=precision(outs[0]), POSITIONS=POSITIONS, OUTPUTS=columns, INNER=INNER[outs[0].dtype],
-        num_warps=WARPS[outs[0].dtype],
+        num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -215,12 +216,12 @@ def launch_bwd(
 
 def bwd_features(grads: Sequence[Tensor], weights: Sequence[Tensor], gradients: Maps) -> None:
     """Fill the gradients of maps, given the gradient of each module's product."""
-    batch, _, height, width = grads[0].shape
-    positions, columns = batch * height * width, width_of(max(gradients.channels), CHANNELS)
+    (batch, _, height, width), dtype = grads[0].shape, grads[0].dtype
+    positions, columns = batch * height * width, width_of(max(gradients.channels), GRADIENT_CHANNELS[dtype])
     concat_conv1x1_bwd_features_kernel[(triton.cdiv(positions, POSITIONS), tiles(gradients, columns))](
         table_of([[x] for x in grads]), weights_of(weights), gradients, positions, height * width,
-        PRECISION=precision(grads[0]), POSITIONS=POSITIONS, CHANNELS=columns, INNER=INNER[grads[0].dtype],
-        num_warps=WARPS[grads[0].dtype],
+        PRECISION=precision(grads[0]), POSITIONS=POSITIONS, CHANNELS=columns, INNER=INNER[dtype],
+        num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -238,7 +239,7 @@ def bwd_weights(grads: Sequence[Tensor], features: Sequence[Sequence[Tensor]]) -
     partials = [torch.empty((parts, *size), dtype=torch.float32, device=grads[0].device) for size in sizes]
     concat_conv1x1_bwd_weight_kernel[(*grid, parts)](
         outs, table, tuple(partials), inputs, positions, height * width, chunk,
-        PRECISION=precision(grads[0]), POSITIONS=INNER[dtype], OUTPUTS=rows, CHANNELS=columns, num_warps=WARPS[dtype],
+        PRECISION=precision(grads[0]), POSITIONS=INNER[dtype], OUTPUTS=rows, CHANNELS=columns, num_warps=WARPS,
     )  # fmt: skip
     return partials
 
