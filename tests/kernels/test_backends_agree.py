@@ -50,6 +50,34 @@ def test_triton_equals_the_reference(case, memory_format, dtype, device, monkeyp
         assert_within_budget(a, t, e, what=f"{case.reason}, result {i}")
 
 
+# Two samples so far apart that the second one's elements lie beyond what 32 bits count.
+FAR = 2**31 - 8
+
+
+WITH_TWO_SAMPLES = [case for case in CASES if any(len(shape) == 4 and shape[0] == 2 for shape in case.shapes)]
+
+
+def far_apart(x):
+    """The same map with its samples FAR elements apart; memory that is never touched costs nothing."""
+    if x.dim() != 4 or x.shape[0] != 2:
+        return x
+    with torch.no_grad():
+        place = torch.empty(FAR + x[0].numel(), dtype=x.dtype, device=x.device)
+        found = place.as_strided(x.shape, (FAR, *x.stride()[1:])).copy_(x)
+    return found.requires_grad_(x.requires_grad)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", WITH_TWO_SAMPLES, ids=lambda case: case.reason)
+def test_offsets_beyond_32_bits(case, memory_format, device, monkeypatch):
+    near = moved(case.tensors(torch.float16, memory_format), device)
+    far = [far_apart(x) for x in near]
+    for a, b in zip(*(run(case, tensors, "triton", monkeypatch) for tensors in (far, near)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 ONE_OF_EACH = list({case.reason.split(":")[0].split()[0]: case for case in CASES}.values())
 
 

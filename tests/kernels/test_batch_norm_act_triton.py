@@ -66,7 +66,7 @@ def plan(request, monkeypatch):
     """Small batches by one program as they come, or in chunks of 16 or 32 positions, as large ones are."""
     if request.param == "chunks":
         monkeypatch.setattr(triton_kernels, "OWN_TILES", 0)
-        monkeypatch.setattr(triton_kernels, "TILE", 128)
+        monkeypatch.setattr(triton_kernels, "TILE_BYTES", 512)
         monkeypatch.setattr(triton_kernels, "WIDEST", 4)
         monkeypatch.setattr(triton_kernels, "NARROWEST", 4)
     return request.param

@@ -35,7 +35,7 @@ def test_distributions_over_one_element(over):
 @pytest.mark.parametrize("students", [2, 5], ids=["few", "so many that tiles are smaller"])
 def test_blocks_that_come_to_several_tiles(students, over, monkeypatch, nan_filled):
     """Small tiles on three blocks: the normaliser is met piece by piece, and the last turn finds few rows or none."""
-    for name, small in {"TILE": 16, "PROGRAMS": 3, "LONGEST_PIECE": 8, "LONGEST_STRIDED_PIECE": 4}.items():
+    for name, small in {"TILE_BYTES": 64, "PROGRAMS": 3, "LONGEST_PIECE": 8, "LONGEST_STRIDED_PIECE": 4}.items():
         monkeypatch.setattr(triton_kernels, name, small)
     monkeypatch.setattr(triton_kernels, "FINISH_BLOCK", 2)
     agree(kl(over), single_maps(*[(2, 3, 3, 4)] * (students + 1), formats=(LAST,)), students)

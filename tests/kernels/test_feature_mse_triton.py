@@ -11,14 +11,14 @@ from tests.kernels.students import DEVICE, LAST, MSE, agree, single_maps
 
 def test_blocks_that_come_to_several_tiles(monkeypatch, nan_filled):
     """Nine tiles on four blocks: a block takes every fourth tile, and the last turn finds only one."""
-    monkeypatch.setattr(triton_kernels, "TILE", 16)
+    monkeypatch.setattr(triton_kernels, "TILE_BYTES", 64)
     monkeypatch.setattr(triton_kernels, "PROGRAMS", 4)
     agree(MSE, single_maps((1, 3, 9, 5), (1, 3, 9, 5)), 1)
     agree(MSE, single_maps((3, 3, 5, 3), (3, 3, 5, 3), formats=(LAST,)), 1)
 
 
 def test_more_partial_sums_than_the_last_kernel_takes_at_once(monkeypatch, nan_filled):
-    monkeypatch.setattr(triton_kernels, "TILE", 16)
+    monkeypatch.setattr(triton_kernels, "TILE_BYTES", 64)
     monkeypatch.setattr(triton_kernels, "FINISH_BLOCK", 4)
     agree(MSE, single_maps((1, 3, 9, 5), (1, 3, 9, 5)), 1)
 

@@ -13,7 +13,7 @@ from fastfuse.kernels.batch_norm_act import layout
 from fastfuse.kernels.batch_norm_act import triton_backward as bwd
 from fastfuse.kernels.batch_norm_act import triton_forward as fwd
 
-TILE = 4096  # elements of a tile: 16 for each of 256 threads
+TILE_BYTES = 8192  # of a map: two 16-byte loads for each of 256 threads
 WARPS = 8
 WIDEST, NARROWEST = 64, 16  # channels of a block: a line of 128 bytes, or a sector of 32, of half-precision channels
 PROGRAMS = 528  # four for each multiprocessor of an H200
@@ -59,7 +59,8 @@ def plan_of(x: Tensor, groups: int) -> Plan:
         block //= 2
     # Channels that start at odd places are loaded one by one, each with an address of its own: fewer fit the registers.
     uneven = x.stride(1) != 1 and (height * width) % 16
-    columns = (TILE // 2 if uneven else TILE) // block
+    elements = TILE_BYTES // x.element_size()
+    columns = (elements // 2 if uneven else elements) // block
     blocks = triton.cdiv(own, block)
     programs = blocks * (groups or 1)
     tiles = triton.cdiv(positions, columns)

@@ -19,8 +19,9 @@ from torch import Tensor
 from fastfuse.kernels import _students, _triton
 from fastfuse.kernels._device import ordered_sum
 
-# 8 elements of each map for each of 128 threads, half of that for more than FEW students: more would spill registers.
-TILE = 1024
+# Of each map: one 16-byte load for each of 128 threads, half of that for more than FEW students: more would spill
+# registers.
+TILE_BYTES = 2048
 FEW = 4
 WARPS = 4
 # The longest piece of a row in one tile: where rows are contiguous in memory, and where their neighbours are. With 512
@@ -225,7 +226,8 @@ class _Launch:
         contiguous = self.strides(features[:1])[0][2] == 1
         block = min(max(length, 1), LONGEST_PIECE if contiguous else LONGEST_STRIDED_PIECE)
         together = len(features) if pairs == 1 else 1
-        tile = {"ROWS": max((TILE if together <= FEW else TILE // 2) // block, 1), "BLOCK": block}
+        elements = TILE_BYTES // features[0].element_size() // (1 if together <= FEW else 2)
+        tile = {"ROWS": max(elements // block, 1), "BLOCK": block}
         turns = max(batch * triton.cdiv(rows, tile["ROWS"]) for batch, rows, _ in self.extents)
         self.grid = (min(max(turns, 1), max(PROGRAMS // pairs, 1)), pairs)
         # The mean over nothing is not a number.

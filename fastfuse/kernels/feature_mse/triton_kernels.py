@@ -13,8 +13,8 @@ from torch import Tensor
 from fastfuse.kernels import _students
 from fastfuse.kernels._device import Walk, ordered_sum, tile_address, tile_place, tile_turns
 
-# 16 elements of each map for each of 256 threads: four 16-byte loads in fp32.
-TILE = 4096
+# Of each map: two 16-byte loads for each of 256 threads. With twice as much in float32 registers spill on sm_100.
+TILE_BYTES = 8192
 WARPS = 8
 # Eight blocks on each of about 130 multiprocessors; each walks over tiles, so few partial sums are left to add.
 PROGRAMS = 1024
@@ -112,7 +112,8 @@ class _Launch(Walk):
 
     def __init__(self, features: Sequence[Tensor], targets: Sequence[Tensor], gradients: Sequence[Tensor] = ()) -> None:
         maps, pairs = (*features, *targets, *gradients), len(targets)
-        super().__init__([maps] if pairs == 1 else [maps[s::pairs] for s in range(pairs)], TILE, PROGRAMS)
+        groups = [maps] if pairs == 1 else [maps[s::pairs] for s in range(pairs)]
+        super().__init__(groups, TILE_BYTES // features[0].element_size(), PROGRAMS)
         # The mean over nothing is not a number.
         self.scales = tuple(1 / x.numel() if x.numel() else float("nan") for x in features)
         self.options = {"STUDENTS": len(features), **self.blocks(), "num_warps": WARPS}
