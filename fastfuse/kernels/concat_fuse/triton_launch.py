@@ -15,10 +15,12 @@ from fastfuse.kernels.concat_fuse import triton_kernels as products
 from fastfuse.kernels.concat_fuse.layout import Module, empty_map
 from fastfuse.kernels.concat_fuse.triton_tables import Maps, some_of, table_of, tiles
 
-# Elementwise and stencil tiles of 64 positions by 32 channels: whole 128-byte lines of either memory format.
-POSITIONS = 64
+# Elementwise and stencil tiles of 32 positions by 32 channels: whole 64-byte pieces of either memory format. With 64
+# positions, or with as many warps where statistics are merged as well, registers spill on sm_80.
+POSITIONS = 32
 CHANNELS = 32
 WARPS = 8
+HIDDEN_WARPS = 4
 # Sums over the positions are taken in at most so many shares: few enough for every program that needs their totals to
 # add them up itself, many enough to fill the device.
 SHARES = 32
@@ -29,9 +31,9 @@ MOST_POSITIONS = 128
 # The stencil's weight gradient sums over positions in at least this many at once, and in at most so many programs.
 CHUNK = 256
 PROGRAMS = 1056
-# Its loop holds nine sums beside the tile: half a tile a step, or registers spill.
+# Its loop holds nine sums beside the tile: twice the warps, or registers spill.
 STEP = 32
-STEP_WARPS = 4
+STEP_WARPS = 8
 
 
 class Taps(NamedTuple):
@@ -153,7 +155,14 @@ def _filter(call: Call, modules: Sequence[Module], hidden: Sequence[Tensor], sta
         partial = torch.empty((2, call.shares, channels), dtype=torch.float32, device=hidden[0].device)
         forward.concat_fuse_fwd_moments_kernel[programs](call.maps, call.taps, partial, *extents, **options)
     forward.concat_fuse_fwd_hidden_kernel[programs](
-        call.maps, call.taps, norms, partial, table_of([[x] for x in hidden]), *extents, ROWS=SHARES, **options
+        call.maps,
+        call.taps,
+        norms,
+        partial,
+        table_of([[x] for x in hidden]),
+        *extents,
+        ROWS=SHARES,
+        **options | {"num_warps": HIDDEN_WARPS},
     )
 
 
