@@ -13,11 +13,16 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+from setuptools import __version__ as setuptools_version
 from setuptools import setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 from setuptools.dist import Distribution
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # without build isolation pip does not look at pyproject.toml's requirement
+    sys.exit(f"fastfuse is built with setuptools 77 or newer, not {setuptools_version}: pip install 'setuptools>=77'")
 
 ROOT = Path(__file__).parent
 
