@@ -13,8 +13,8 @@ from fastfuse.kernels.batch_norm_act import layout
 from fastfuse.kernels.batch_norm_act import triton_backward as bwd
 from fastfuse.kernels.batch_norm_act import triton_forward as fwd
 
-TILE_BYTES = 8192  # of a map: two 16-byte loads for each of 256 threads
-WARPS = 8
+TILE_BYTES = 8192  # of a map
+WARP_ELEMENTS = 512  # of a tile: 16 for each thread; with half as many ptxas still spills float32 on sm_90
 WIDEST, NARROWEST = 64, 16  # channels of a block: a line of 128 bytes, or a sector of 32, of half-precision channels
 PROGRAMS = 528  # four for each multiprocessor of an H200
 FEW = 264  # with fewer programs than this, narrower blocks of channels make more of them
@@ -68,7 +68,7 @@ def plan_of(x: Tensor, groups: int) -> Plan:
     chunk = max(triton.cdiv(tiles, chunks), 1) * columns
     extents = height * width, positions, channels, own, chunk
     columns = min(columns, triton.next_power_of_2(max(positions, 1)))
-    tile = {"BLOCK_C": block, "BLOCK_P": columns, "num_warps": WARPS}
+    tile = {"BLOCK_C": block, "BLOCK_P": columns, "num_warps": max(4, elements // WARP_ELEMENTS)}
     return Plan((programs, triton.cdiv(positions, chunk)), blocks, chunk, extents, tile)
 
 
