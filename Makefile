@@ -48,7 +48,7 @@ test-all: .venv/.installed-test
 
 test-oldest: .venv-oldest/.installed-test
 	.venv-oldest/$(PYTEST) -m "not long and not gpu" $(ARGS)
-	.venv-oldest/$(PYTEST) -m "long and not gpu" tests/kernels $(ARGS)
+	.venv-oldest/$(PYTEST) -m "long and not gpu" tests/kernels tests/methods/test_triton_step.py $(ARGS)
 
 # A GPU machine comes with its own PyTorch: nothing is installed, the checkout is run as it lies.
 test-gpu:
