@@ -42,6 +42,15 @@ def ordered_sum(values, count, BLOCK: tl.constexpr, DTYPE: tl.constexpr = tl.flo
 
 
 @triton.jit
+def sum_of_samples(per_sample, count, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+    """Loss of a pair from those of its samples, in a fixed order: their sum, or their mean."""
+    loss = ordered_sum(per_sample, count, BLOCK)
+    if MEAN:
+        loss = tl.div_rn(loss, tl.zeros((), tl.float32) + count)
+    return loss
+
+
+@triton.jit
 def tile_turns(extent, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
     """How many tiles a block of a `Walk` comes to, at most."""
     tiles = tl.cdiv(extent[1], BLOCK_C) * tl.cdiv(extent[2], BLOCK_N) * extent[0]

@@ -5,6 +5,7 @@ Only `triton_kernels.py` files and their launchers import this module's device h
 
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -57,3 +58,21 @@ def map_strides(x: Tensor) -> tuple[Tensor, int, int, int]:
         height_stride, width_stride = x.stride()[-2:]
     position = width_stride if x.shape[-1] > 1 else height_stride
     return x, x.stride(0), x.stride(1) if x.dim() == 4 else 0, position
+
+
+def empty_map(
+    like: Tensor, channels: int | None = None, *, size: Sequence[int] | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """An uninitialised map [B, channels, *size], by default as `like` in each of these, that kernels can address.
+
+    Channels-last where `like` is so and not contiguous as well, else contiguous.
+    """
+    last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+    shape = like.shape[0], like.shape[1] if channels is None else channels, *(like.shape[2:] if size is None else size)
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format)
+
+
+def map_like(x: Tensor) -> Tensor:
+    """Uninitialised memory in the very format of a map [B, C, H, W] or [B, H, W], with one stride for its positions."""
+    return map_strides(torch.empty_like(x))[0]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastfuse.kernels import _library
 from fastfuse.kernels._autograd import first_derivatives_only
+from fastfuse.kernels._triton import map_like
 from fastfuse.kernels.attention_mse import closed_form
-from fastfuse.kernels.attention_mse.layout import gradient_like
 
 KERNELS = "fastfuse.kernels.attention_mse.triton_kernels"
 MAP_KERNELS = "fastfuse.kernels.attention_mse.triton_maps"
@@ -72,7 +72,7 @@ def _empty_map(features: Sequence[Tensor]) -> Tensor:
 
 
 def _empty_map_gradients(cotangent: Tensor, wanted: Sequence[Tensor], total: int) -> list[Tensor]:
-    return [gradient_like(x) for x in wanted]
+    return [map_like(x) for x in wanted]
 
 
 def _empty_losses(inputs: Sequence[Tensor], targets: Sequence[Tensor], reduction: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,7 +91,7 @@ def _empty_gradients(
     starts: Sequence[int],
     reduction: str,
 ) -> list[Tensor]:
-    return [gradient_like(x) for x in wanted]
+    return [map_like(x) for x in wanted]
 
 
 _library.define(

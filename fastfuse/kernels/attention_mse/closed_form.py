@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastfuse.kernels._numerics import accumulate, attention, reduce
+from fastfuse.kernels._triton import map_like
 from fastfuse.kernels.attention_mse import reference
-from fastfuse.kernels.attention_mse.layout import gradient_like
 
 
 def map_forward(features: Sequence[Tensor]) -> Tensor:
@@ -21,7 +21,7 @@ def map_forward(features: Sequence[Tensor]) -> Tensor:
 def map_backward(cotangent: Tensor, wanted: Sequence[Tensor], total: int) -> list[Tensor]:
     """Gradients of the wanted features, dF = 2 F / C times the map's; `total` counts the channels of all."""
     factor = cotangent.unsqueeze(1) * (2 / total)
-    return [gradient_like(x).copy_(accumulate(x) * factor) for x in wanted]
+    return [map_like(x).copy_(accumulate(x) * factor) for x in wanted]
 
 
 def forward(inputs: Sequence[Tensor], targets: Sequence[Tensor], reduction: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,7 +52,7 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of the wanted ones of (*inputs, *targets), which stand at `places` among them."""
     return [
-        gradient_like(x).copy_(_gradient(x, cotangent, maps, stats, place, start, reduction))
+        map_like(x).copy_(_gradient(x, cotangent, maps, stats, place, start, reduction))
         for x, place, start in zip(wanted, places, starts, strict=True)
     ]
 

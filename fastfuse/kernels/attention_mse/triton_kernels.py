@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfuse.kernels import _triton
-from fastfuse.kernels._device import ordered_sum, pick, pick_pointer, table
-from fastfuse.kernels.attention_mse.layout import gradient_like
+from fastfuse.kernels._device import pick, pick_pointer, sum_of_samples, table
+from fastfuse.kernels._triton import map_like
 from fastfuse.kernels.attention_mse.triton_maps import (
     TILE,
     WARPS,
@@ -80,11 +80,7 @@ def attention_mse_fwd_pair_kernel(
 def attention_mse_fwd_reduce_kernel(per_sample, row, batches, losses, MEAN: tl.constexpr, BLOCK: tl.constexpr):
     """One program per pair adds its samples in a fixed order."""
     pair = tl.program_id(0)
-    batch = pick(batches, pair)
-    loss = ordered_sum(per_sample + pair * row, batch, BLOCK)
-    if MEAN:
-        loss = tl.div_rn(loss, tl.zeros((), tl.float32) + batch)
-    tl.store(losses + pair, loss)
+    tl.store(losses + pair, sum_of_samples(per_sample + pair * row, pick(batches, pair), MEAN, BLOCK))
 
 
 @triton.jit
@@ -169,7 +165,7 @@ def backward(
 
     One launch; two where the inputs' maps and the targets' maps differ in dtype.
     """
-    gradients = [gradient_like(x) for x in wanted]
+    gradients = [map_like(x) for x in wanted]
     pairs = stats.shape[1]
     items = list(zip(wanted, gradients, places, starts, strict=True))
     sides = [[item for item in items if item[2] // pairs == side] for side in (0, 1)]

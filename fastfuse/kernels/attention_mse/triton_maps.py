@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfuse.kernels import _triton
-from fastfuse.kernels.attention_mse.layout import gradient_like
+from fastfuse.kernels._triton import map_like
 
 # 32 elements for each of 256 threads: in bf16 four 16-byte loads in flight per thread.
 TILE = 8192
@@ -162,7 +162,7 @@ def forward(features: Sequence[Tensor]) -> Tensor:
 
 def backward(cotangent: Tensor, wanted: Sequence[Tensor], total: int) -> list[Tensor]:
     """Gradients of those features that are wanted; `total` counts the channels of all. One launch."""
-    gradients = [gradient_like(x) for x in wanted]
+    gradients = [map_like(x) for x in wanted]
     batch, _, height, width = wanted[0].shape
     cotangent, stride_b, _, stride_n = _triton.map_strides(cotangent)
     channels, strides = tuple(x.shape[1] for x in wanted), _strides(wanted)

@@ -5,11 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
-def empty_map(like: Tensor) -> Tensor:
-    """An uninitialised map: channels-last where `like` is so and not contiguous as well, else contiguous."""
-    last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
-    return torch.empty_like(like, memory_format=torch.channels_last if last else torch.contiguous_format)
+from fastfuse.kernels._triton import empty_map
 
 
 def empty_results(x: Tensor, attention_groups: int) -> tuple[Tensor, Tensor, Tensor]:

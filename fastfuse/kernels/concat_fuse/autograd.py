@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastfuse.kernels import _library
 from fastfuse.kernels._autograd import first_derivatives_only
+from fastfuse.kernels._triton import empty_map
 from fastfuse.kernels.concat_fuse import closed_form, layout
-from fastfuse.kernels.concat_fuse.layout import empty_map, gradient_of
 
 
 def _conv1x1_fwd_fake(features: Sequence[Tensor], weight: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def _conv1x1_fwd_fake(features: Sequence[Tensor], weight: Tensor) -> Tensor:
 def _conv1x1_bwd_fake(
     grad: Tensor, features: Sequence[Tensor], weight: Tensor, needs_features: Sequence[bool], needs_weight: bool
 ) -> list[Tensor]:
-    found = [gradient_of(x) for x, needed in zip(features, needs_features, strict=True) if needed]
+    found = [empty_map(x) for x, needed in zip(features, needs_features, strict=True) if needed]
     return [*found, torch.empty_like(weight)] if needs_weight else found
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastfuse.kernels._numerics import accumulate
+from fastfuse.kernels._triton import empty_map
 from fastfuse.kernels.concat_fuse import layout
-from fastfuse.kernels.concat_fuse.layout import Module, Norm, empty_map, gradient_of
+from fastfuse.kernels.concat_fuse.layout import Module, Norm
 
 
 def concat_conv1x1_fwd(features: Sequence[Tensor], weight: Tensor) -> Tensor:
@@ -29,7 +30,7 @@ def concat_conv1x1_bwd(
     slices = weight.to(grad.dtype).split([x.shape[1] for x in features], 1)
     for x, w, needed in zip(features, slices, needs_features, strict=True):
         if needed:
-            found.append(gradient_of(x).copy_(functional.conv2d(grad, w.transpose(0, 1))))
+            found.append(empty_map(x).copy_(functional.conv2d(grad, w.transpose(0, 1))))
     if needs_weight:
         parts = [torch.einsum("bohw,bchw->oc", grad, x) for x in features]
         found.append(torch.empty_like(weight).copy_(torch.cat(parts, 1)[:, :, None, None]))

@@ -7,24 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastfuse.kernels._triton import empty_map
+
 _PLAIN = torch.contiguous_format
 PARAMETERS = 6  # of a module: depthwise, weight1, bias1, pointwise, weight2, bias2
 RESULTS = 7  # of a module, as `empty_results` gives them
-
-
-def empty_map(like: Tensor, channels: int) -> Tensor:
-    """An uninitialised [B, channels, H, W] map: channels-last where `like` is so and not contiguous as well."""
-    batch, _, height, width = like.shape
-    last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
-    memory_format = torch.channels_last if last else _PLAIN
-    return torch.empty(
-        (batch, channels, height, width), dtype=like.dtype, device=like.device, memory_format=memory_format
-    )
-
-
-def gradient_of(x: Tensor) -> Tensor:
-    """An uninitialised gradient of a map, in its own memory format where that is one of the two."""
-    return empty_map(x, x.shape[1])
 
 
 def gradient_of_weight(weight: Tensor) -> Tensor:
@@ -145,7 +132,7 @@ def empty_gradients(modules: Sequence[Module], needs: Sequence[bool]) -> list[li
     for module in modules:
         own: list[Tensor | None] = []
         for i, x in enumerate((*module.parameters, *module.features)):
-            make = gradient_of if i >= PARAMETERS else gradient_of_weight if i == 0 else torch.empty_like
+            make = empty_map if i >= PARAMETERS else gradient_of_weight if i == 0 else torch.empty_like
             own.append(make(x) if next(asked) else None)
         found.append(own)
     return found

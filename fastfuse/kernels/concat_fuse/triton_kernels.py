@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfuse.kernels._device import pick, pick_pointer
-from fastfuse.kernels.concat_fuse.layout import empty_map, gradient_of
+from fastfuse.kernels._triton import empty_map
 from fastfuse.kernels.concat_fuse.triton_tables import Maps, at, locate, some_of, table_of, tiles, weights_of
 
 # Tiles of 64 positions by 64 channels in steps of 32 for two warp groups: with one, or with wider steps, registers
@@ -203,7 +203,7 @@ def launch_bwd(
     grad: Tensor, features: Sequence[Tensor], weight: Tensor, needs_features: Sequence[bool], needs_weight: bool
 ) -> list[Tensor]:
     """See `fastfuse::concat_conv1x1_bwd`."""
-    gradients = [gradient_of(x) if needed else None for x, needed in zip(features, needs_features, strict=True)]
+    gradients = [empty_map(x) if needed else None for x, needed in zip(features, needs_features, strict=True)]
     found = [x for x in gradients if x is not None]
     if any(x.numel() for x in found):
         bwd_features([grad], [weight], some_of(table_of([features]), gradients))

@@ -7,12 +7,12 @@ import torch
 import triton
 from torch import Tensor
 
-from fastfuse.kernels._triton import map_strides
+from fastfuse.kernels._triton import empty_map, map_strides
 from fastfuse.kernels.concat_fuse import layout
 from fastfuse.kernels.concat_fuse import triton_backward as backward
 from fastfuse.kernels.concat_fuse import triton_fuse as forward
 from fastfuse.kernels.concat_fuse import triton_kernels as products
-from fastfuse.kernels.concat_fuse.layout import Module, empty_map
+from fastfuse.kernels.concat_fuse.layout import Module
 from fastfuse.kernels.concat_fuse.triton_tables import Maps, some_of, table_of, tiles
 
 # Elementwise and stencil tiles of 32 positions by 32 channels: whole 64-byte pieces of either memory format. With 64
@@ -206,14 +206,14 @@ def launch_bwd(
     hidden, pre = kept[::2], kept[1::2]
     any_of = [any(own[i] is not None for own in found) for i in range(layout.PARAMETERS)]
     needs_first = any(any_of[:3]) or any(x is not None for own in found for x in own[layout.PARAMETERS :])
-    of_pre = [empty_map(x, x.shape[1]) for x in pre] if needs_first or any_of[3] else None
+    of_pre = [empty_map(x) for x in pre] if needs_first or any_of[3] else None
     _second(call, modules, _cotangents(cotangents, pre), pre, of_pre, found, any(any_of[4:]))
     sums = []
     if any_of[3]:
         partials = products.bwd_weights(of_pre, [[x] for x in hidden])
         sums += [(p, *_matrix(own[3])) for p, own in zip(partials, found, strict=True) if own[3] is not None]
     if needs_first:
-        of_hidden = [empty_map(x, x.shape[1]) for x in hidden]
+        of_hidden = [empty_map(x) for x in hidden]
         products.bwd_features(of_pre, [module.pointwise for module in modules], table_of([[x] for x in of_hidden]))
         sums += (first or _filter_backward)(call, modules, of_hidden, found)
     products.add_parts(sums)

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastfuse.kernels._triton import empty_map
+
 
 class StageOutputs(NamedTuple):
     """Results of one stage's forward, one entry per transform.
@@ -44,7 +46,7 @@ def stage_outputs(
     xs: Sequence[Tensor], weights: Sequence[Tensor], padding: Sequence[int], keep: bool, dtype: torch.dtype
 ) -> StageOutputs:
     """Uninitialised results; maps in the memory format of x."""
-    out = [_empty(x, _size(x, weight, padding), dtype) for x, weight in zip(xs, weights, strict=True)]
+    out = _maps(xs, weights, padding, dtype)
     normed = [torch.empty_like(y) for y in out] if keep else []
     mean, rstd = ([y.new_empty(y.shape[1], dtype=statistics_dtype(dtype)) for y in out] for _ in range(2))
     return StageOutputs(out, normed, mean, rstd)
@@ -54,10 +56,9 @@ def attention_outputs(
     xs: Sequence[Tensor], weights: Sequence[Tensor], padding: Sequence[int], last: bool, dtype: torch.dtype
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Uninitialised attention maps [B, H_out, W_out], and the maps themselves unless the stage is the last."""
-    sizes = [_size(x, weight, padding) for x, weight in zip(xs, weights, strict=True)]
-    maps = [] if last else [_empty(x, size, dtype) for x, size in zip(xs, sizes, strict=True)]
     wide = statistics_dtype(dtype)
-    return [x.new_empty((size[0], *size[2:]), dtype=wide) for x, size in zip(xs, sizes, strict=True)], maps
+    attentions = [x.new_empty((x.shape[0], *_size(x, padding)), dtype=wide) for x in xs]
+    return attentions, [] if last else _maps(xs, weights, padding, dtype)
 
 
 def stage_gradients(tensors: Sequence[Sequence[Tensor]], needed: Sequence[bool]) -> list[list[Tensor]]:
@@ -65,16 +66,14 @@ def stage_gradients(tensors: Sequence[Sequence[Tensor]], needed: Sequence[bool])
     return [[_like(t) for t in own] if need else [] for own, need in zip(tensors, needed, strict=True)]
 
 
-def _size(x: Tensor, weight: Tensor, padding: Sequence[int]) -> tuple[int, ...]:
-    return x.shape[0], weight.shape[1], 2 * x.shape[2] - 1 + padding[0], 2 * x.shape[3] - 1 + padding[1]
+def _maps(xs: Sequence[Tensor], weights: Sequence[Tensor], padding: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    pairs = zip(xs, weights, strict=True)
+    return [empty_map(x, weight.shape[1], size=_size(x, padding), dtype=dtype) for x, weight in pairs]
+
+
+def _size(x: Tensor, padding: Sequence[int]) -> tuple[int, int]:
+    return 2 * x.shape[2] - 1 + padding[0], 2 * x.shape[3] - 1 + padding[1]
 
 
 def _like(t: Tensor) -> Tensor:
-    return _empty(t, t.shape, t.dtype) if t.dim() == 4 else torch.empty_like(t)
-
-
-def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Channels-last where `like` is so and not contiguous as well, else contiguous: layouts that kernels can write."""
-    last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
-    memory_format = torch.channels_last if last else torch.contiguous_format
-    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=memory_format)
+    return empty_map(t) if t.dim() == 4 else torch.empty_like(t)

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from fastfuse.kernels import _library
 from fastfuse.kernels._autograd import first_derivatives_only
+from fastfuse.kernels._triton import map_like
 from fastfuse.kernels.diversity_target import closed_form
-from fastfuse.kernels.diversity_target.layout import map_like, sizes
+from fastfuse.kernels.diversity_target.layout import sizes
 
 KERNELS = "fastfuse.kernels.diversity_target.triton_kernels"
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastfuse.kernels._numerics import accumulate, attention, normalize, reduce
-from fastfuse.kernels.diversity_target.layout import map_like, sizes
+from fastfuse.kernels._triton import map_like
+from fastfuse.kernels.diversity_target.layout import sizes
 
 
 def forward(

@@ -2,15 +2,7 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
-
-from fastfuse.kernels import _triton
-
-
-def map_like(x: Tensor) -> Tensor:
-    """Memory for a map in the format of another one, with one stride for its positions."""
-    return _triton.map_strides(torch.empty_like(x))[0]
 
 
 def sizes(maps: Sequence[Tensor]) -> tuple[int, int]:

@@ -8,8 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfuse.kernels import _triton
-from fastfuse.kernels._device import ordered_sum, pick, pick_pointer, table
-from fastfuse.kernels.diversity_target.layout import map_like, sizes
+from fastfuse.kernels._device import pick, pick_pointer, sum_of_samples, table
+from fastfuse.kernels._triton import map_like
+from fastfuse.kernels.diversity_target.layout import sizes
 
 # Channels times positions that one program holds of a feature map at a time: 32 values for each of 128 threads.
 TILE = 4096
@@ -107,11 +108,7 @@ def diversity_target_fwd_sample_kernel(
 def diversity_target_fwd_reduce_kernel(per_sample, row, batches, losses, MEAN: tl.constexpr, BLOCK: tl.constexpr):
     """One program per pair adds its samples in a fixed order."""
     pair = tl.program_id(0)
-    batch = pick(batches, pair)
-    loss = ordered_sum(per_sample + pair * row, batch, BLOCK)
-    if MEAN:
-        loss = tl.div_rn(loss, tl.zeros((), tl.float32) + batch)
-    tl.store(losses + pair, loss)
+    tl.store(losses + pair, sum_of_samples(per_sample + pair * row, pick(batches, pair), MEAN, BLOCK))
 
 
 @triton.jit

@@ -9,7 +9,7 @@ every tile: |x|^2, |y|^2, and for p = 2 r, |x - r y|^2 and (x - r y).y; for p = 
 import triton
 import triton.language as tl
 
-from fastfuse.kernels._device import ordered_sum, pick, pick_pointer
+from fastfuse.kernels._device import ordered_sum, pick, pick_pointer, sum_of_samples
 
 
 @triton.jit
@@ -130,8 +130,5 @@ def map_slope(stats, plane, own, g, upstream, P: tl.constexpr, SIDE: tl.constexp
 def normalized_lp_fwd_reduce_kernel(per_sample, row, batches, losses, MEAN: tl.constexpr, BLOCK: tl.constexpr):
     """One program per pair and kind of loss adds its samples in a fixed order."""
     pair, kind = tl.program_id(0), tl.program_id(1)
-    batch = pick(batches, pair)
-    loss = ordered_sum(pick_pointer(per_sample, kind) + pair * row, batch, BLOCK)
-    if MEAN:
-        loss = tl.div_rn(loss, tl.zeros((), tl.float32) + batch)
-    tl.store(pick_pointer(losses, kind) + pair, loss)
+    losses_of = pick_pointer(per_sample, kind) + pair * row
+    tl.store(pick_pointer(losses, kind) + pair, sum_of_samples(losses_of, pick(batches, pair), MEAN, BLOCK))
