@@ -102,7 +102,7 @@ def _ffsd_networks(method: Method) -> dict[str, nn.Module]:
     networks = {name: n for name, n in method.networks().items() if name != "leader"}
     # Recorded as one network: the leader with its trans-fusion inside.
     leader = nn.Module()
-    for name, child in method.leader.named_children():
+    for name, child in method.networks()["leader"].named_children():
         leader.add_module(name, child)
     leader.add_module("trans_fusion", method.criterion.trans_fusion)
     networks["leader"] = leader

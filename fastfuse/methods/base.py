@@ -1,13 +1,14 @@
 """What every method is: networks, one forward that gives one scalar loss, and the network that it deploys."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from fastfuse.errors import InputError
+from fastfuse.errors import InputError, unknown_name
 from fastfuse.losses import ParameterGroups
+from fastfuse.nn import STRATEGIES, Networks
 
 
 class MethodOutput(NamedTuple):
@@ -18,6 +19,10 @@ class MethodOutput(NamedTuple):
     terms: dict[str, Tensor]
 
 
+# Where a method keeps its networks, if it has them side by side.
+_PEERS = "peers."
+
+
 class Method(nn.Module, ABC):
     """A way to train networks together. The loop knows nothing else of it.
 
@@ -26,14 +31,15 @@ class Method(nn.Module, ABC):
         minimum_students: fewest students it works with.
         deployed: name of the network that is kept after training.
         defaults: its own hyper-parameters with their published values.
+        loop_only: of a method without `peers`, why its networks run in no other way than "loop".
     """
 
     name: ClassVar[str]
     minimum_students: ClassVar[int]
     deployed: ClassVar[str]
     defaults: ClassVar[Mapping[str, Any]] = {}
+    loop_only: ClassVar[str] = "it holds no networks that read the images side by side"
 
-    @abstractmethod
     def forward(self, images: Tensor, labels: Tensor, progress: Tensor) -> MethodOutput:
         """One training forward.
 
@@ -42,18 +48,81 @@ class Method(nn.Module, ABC):
             labels: [B] int64.
             progress: 0-d, epochs done so far (0 in the first), for the ramps; stays on the device.
         """
+        return self.losses(self.outputs(images), labels, progress)
 
-    @abstractmethod
     def predict(self, images: Tensor) -> dict[str, Tensor]:
         """Logits [B, K] of every head by name, without the ensemble; call it in eval mode."""
+        return self.heads(self.outputs(images))
+
+    @abstractmethod
+    def outputs(self, images: Tensor) -> Sequence[Any]:
+        """What each network gives, (logits, features)."""
+
+    @abstractmethod
+    def losses(self, outputs: Sequence[Any], labels: Tensor, progress: Tensor) -> MethodOutput:
+        """The losses of one batch from what `outputs` gave; see `forward`."""
+
+    @abstractmethod
+    def heads(self, outputs: Sequence[Any]) -> dict[str, Tensor]:
+        """The logits of every head by name from what `outputs` gave; see `predict`."""
 
     @abstractmethod
     def networks(self) -> dict[str, nn.Module]:
-        """What `--init` can load weights into, by name."""
+        """What `--init` can load weights into, by name.
+
+        Raises:
+            InputError: the networks are stacked (see `arrange`), so that there are none of their own.
+        """
+
+    def arrange(self, strategy: str) -> str:
+        """Choose how the networks are run, see `fastfuse.nn.Networks.arrange`.
+
+        Call it after initial weights are loaded and the method is on its device, and before optimizers are made:
+        parameters are others afterwards. State dicts, predictions and `deployed_state` are those of any strategy.
+
+        Args:
+            strategy: "loop", "branches", "grouped" or "auto".
+
+        Returns:
+            The strategy, which "auto" leaves open.
+
+        Raises:
+            InputError: a strategy that the networks, the method or the device do not have.
+        """
+        if strategy not in (*STRATEGIES, "auto"):
+            raise unknown_name("strategy", strategy, (*STRATEGIES, "auto"))
+        peers = getattr(self, "peers", None)
+        if isinstance(peers, Networks):
+            return peers.arrange(strategy)
+        if strategy not in ("loop", "auto"):
+            raise InputError(f"{self.name} cannot run as {strategy}: {self.loop_only}; use --strategy loop")
+        return "loop"
+
+    def split(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """What goes with parameter `name`, such as its momentum, by the names of networks that stand alone.
+
+        Args:
+            name: as `named_parameters` gives it.
+            tensor: in the shape of that parameter.
+        """
+        if not name.startswith(_PEERS):
+            return {name: tensor}
+        return {_PEERS + part: own for part, own in self.peers.split(name.removeprefix(_PEERS), tensor).items()}
+
+    def join(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The inverse of `split`: one tensor for parameter `name` from those by the names of single networks."""
+        if not name.startswith(_PEERS):
+            return tensors[name]
+        own = {part.removeprefix(_PEERS): tensor for part, tensor in tensors.items() if part.startswith(_PEERS)}
+        return self.peers.join(name.removeprefix(_PEERS), own)
 
     @abstractmethod
     def students(self) -> list[str]:
         """The heads whose mean logits make the ensemble, and whose union of right answers makes the oracle."""
+
+    def ensembles(self) -> dict[str, list[str]]:
+        """The heads of each ensemble by the prefix of its name: all students in one, unless there are replicas."""
+        return {"": self.students()}
 
     @abstractmethod
     def parameter_groups(self, **settings: Any) -> ParameterGroups:
@@ -62,6 +131,10 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def deployed_state(self) -> dict[str, Tensor]:
         """The weights of the deployed network alone, under the keys of the plain network."""
+
+    def deployed_states(self) -> dict[str, dict[str, Tensor]]:
+        """What is deployed, by name: one network, unless there are replicas."""
+        return {self.deployed: self.deployed_state()}
 
 
 def check_students(method: type[Method], students: int) -> None:

@@ -3,7 +3,7 @@
 Kim et al., "Feature Fusion for Online Mutual Knowledge Distillation", arXiv 1904.09058.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ class FFL(Method):
     minimum_students = 2
     deployed = "student0"
     defaults = ffl.DEFAULTS
+    loop_only = "its sub-networks are branches on a trunk that they share, not networks of their own"
 
     def __init__(
         self, make_network: Callable[[], BranchedCifarResNet], students: int, num_classes: int, **hyperparameters: Any
@@ -36,20 +37,22 @@ class FFL(Method):
         last = self.network.feature_channels[-1]
         self.criterion = FusionLoss([last] * students, num_classes, method="ffl", **hyperparameters)
 
-    def forward(self, images: Tensor, labels: Tensor, progress: Tensor) -> MethodOutput:
-        """See `Method.forward`."""
-        students = self.network(images)
+    def outputs(self, images: Tensor) -> Sequence[Any]:
+        """See `Method.outputs`."""
+        return self.network(images)
+
+    def losses(self, outputs: Sequence[Any], labels: Tensor, progress: Tensor) -> MethodOutput:
+        """See `Method.losses`."""
         output = self.criterion(
-            [s.features[-1] for s in students], [s.logits for s in students], labels, progress=progress
+            [s.features[-1] for s in outputs], [s.logits for s in outputs], labels, progress=progress
         )
-        logits = {name: s.logits.detach() for name, s in zip(self.students(), students, strict=True)}
+        logits = {name: s.logits.detach() for name, s in zip(self.students(), outputs, strict=True)}
         return MethodOutput(output.loss, logits | {"fusion": output.fused_logits}, output.terms)
 
-    def predict(self, images: Tensor) -> dict[str, Tensor]:
-        """See `Method.predict`."""
-        students = self.network(images)
-        logits = {name: s.logits for name, s in zip(self.students(), students, strict=True)}
-        logits["fusion"] = self.criterion.fusion([s.features[-1] for s in students]).logits
+    def heads(self, outputs: Sequence[Any]) -> dict[str, Tensor]:
+        """See `Method.heads`."""
+        logits = {name: s.logits for name, s in zip(self.students(), outputs, strict=True)}
+        logits["fusion"] = self.criterion.fusion([s.features[-1] for s in outputs]).logits
         return logits
 
     def networks(self) -> dict[str, nn.Module]:

@@ -3,13 +3,14 @@
 Li et al., "Distilling a Powerful Student Model via Online Knowledge Distillation", arXiv 2103.14473.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastfuse.losses import FusionLoss, ParameterGroups, ffsd
 from fastfuse.methods.base import Method, MethodOutput, network_group
+from fastfuse.nn import Networks
 
 
 class FFSD(Method):
@@ -20,6 +21,9 @@ class FFSD(Method):
         students: S, at least 2.
         num_classes: K.
         hyperparameters: of `FusionLoss(method="ffsd")`.
+
+    Attributes:
+        peers: the students, and the leader as the last one.
     """
 
     name = "ffsd"
@@ -31,17 +35,19 @@ class FFSD(Method):
         self, make_network: Callable[[], nn.Module], students: int, num_classes: int, **hyperparameters: Any
     ) -> None:
         super().__init__()
-        self.common_students = nn.ModuleList(make_network() for _ in range(students))
-        self.leader = make_network()
-        channels = self.leader.feature_channels
+        self.peers = Networks(make_network() for _ in range(students + 1))
+        channels = self.peers[-1].feature_channels
         self.criterion = FusionLoss(
             [channels] * students, num_classes, method="ffsd", leader_channels=channels, **hyperparameters
         )
 
-    def forward(self, images: Tensor, labels: Tensor, progress: Tensor) -> MethodOutput:
-        """See `Method.forward`."""
-        leader = self.leader(images)
-        students = [student(images) for student in self.common_students]
+    def outputs(self, images: Tensor) -> Sequence[Any]:
+        """See `Method.outputs`; the leader's come last."""
+        return self.peers(images)
+
+    def losses(self, outputs: Sequence[Any], labels: Tensor, progress: Tensor) -> MethodOutput:
+        """See `Method.losses`."""
+        *students, leader = outputs
         output = self.criterion(
             [student.features for student in students],
             [student.logits for student in students],
@@ -54,32 +60,27 @@ class FFSD(Method):
         logits |= {"fusion": output.fused_logits, "leader": leader.logits.detach()}
         return MethodOutput(output.loss, logits, output.terms)
 
-    def predict(self, images: Tensor) -> dict[str, Tensor]:
-        """See `Method.predict`."""
-        students = [student(images) for student in self.common_students]
+    def heads(self, outputs: Sequence[Any]) -> dict[str, Tensor]:
+        """See `Method.heads`."""
+        *students, leader = outputs
         logits = {name: s.logits for name, s in zip(self.students(), students, strict=True)}
         logits["fusion"] = self.criterion.fusion([s.features[-1] for s in students]).logits
-        logits["leader"] = self.leader(images).logits
-        return logits
+        return logits | {"leader": leader.logits}
 
     def networks(self) -> dict[str, nn.Module]:
         """See `Method.networks`."""
-        return {
-            **dict(zip(self.students(), self.common_students, strict=True)),
-            "leader": self.leader,
-            "fusion": self.criterion.fusion,
-        }
+        names = [*self.students(), "leader"]
+        return dict(zip(names, self.peers, strict=True)) | {"fusion": self.criterion.fusion}
 
     def students(self) -> list[str]:
         """See `Method.students`."""
-        return [f"student{i}" for i in range(len(self.common_students))]
+        return [f"student{i}" for i in range(len(self.peers) - 1)]
 
     def parameter_groups(self, **settings: Any) -> ParameterGroups:
         """See `Method.parameter_groups`."""
         own = self.criterion.parameter_groups(**settings)
-        networks = [*self.common_students.parameters(), *self.leader.parameters()]
-        return ParameterGroups([network_group(networks, **settings), *own.sgd], own.adam)
+        return ParameterGroups([network_group(list(self.peers.parameters()), **settings), *own.sgd], own.adam)
 
     def deployed_state(self) -> dict[str, Tensor]:
         """See `Method.deployed_state`."""
-        return self.leader.state_dict()
+        return self.peers.state_of(-1)

@@ -1,6 +1,6 @@
 """Plain training of networks that do not see each other: the baseline of every method."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastfuse import functional
 from fastfuse.losses import ParameterGroups
 from fastfuse.methods.base import Method, MethodOutput, check_students, network_group
+from fastfuse.nn import Networks
 
 
 class Independent(Method):
@@ -27,11 +28,15 @@ class Independent(Method):
     def __init__(self, make_network: Callable[[], nn.Module], students: int, num_classes: int) -> None:
         super().__init__()
         check_students(type(self), students)
-        self.peers = nn.ModuleList(make_network() for _ in range(students))
+        self.peers = Networks(make_network() for _ in range(students))
 
-    def forward(self, images: Tensor, labels: Tensor, progress: Tensor) -> MethodOutput:
-        """See `Method.forward`."""
-        logits = self.predict(images)
+    def outputs(self, images: Tensor) -> Sequence[Any]:
+        """See `Method.outputs`."""
+        return self.peers(images)
+
+    def losses(self, outputs: Sequence[Any], labels: Tensor, progress: Tensor) -> MethodOutput:
+        """See `Method.losses`."""
+        logits = self.heads(outputs)
         terms = self.terms(logits, labels)
         return MethodOutput(
             torch.stack(list(terms.values())).sum(),
@@ -47,9 +52,9 @@ class Independent(Method):
         )
         return {f"{name}_ce": cross_entropy[i] for i, name in enumerate(logits)}
 
-    def predict(self, images: Tensor) -> dict[str, Tensor]:
-        """See `Method.predict`."""
-        return {name: peer(images).logits for name, peer in zip(self.students(), self.peers, strict=True)}
+    def heads(self, outputs: Sequence[Any]) -> dict[str, Tensor]:
+        """See `Method.heads`."""
+        return {name: output.logits for name, output in zip(self.students(), outputs, strict=True)}
 
     def networks(self) -> dict[str, nn.Module]:
         """See `Method.networks`."""
@@ -65,4 +70,4 @@ class Independent(Method):
 
     def deployed_state(self) -> dict[str, Tensor]:
         """See `Method.deployed_state`."""
-        return self.peers[0].state_dict()
+        return self.peers.state_of(0)

@@ -1,1 +1,7 @@
-"""Modules that hold the parameters of the fusion head, trans-fusion, the deep-to-shallow transform and connectors."""
+"""Networks run together; modules that hold the parameters of fusion head, trans-fusion, transforms and connectors."""
+
+from fastfuse.nn.networks import Networks
+from fastfuse.nn.stacked import stack, unstack
+from fastfuse.nn.strategy import STRATEGIES
+
+__all__ = ["STRATEGIES", "Networks", "stack", "unstack"]

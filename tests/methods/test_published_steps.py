@@ -127,7 +127,7 @@ def terms_equal(ours: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 )
 def test_ffsd(model: str, students: int, size: int) -> None:
     method = build_method("ffsd", model=model, students=students, num_classes=CLASSES).double().train()
-    networks = [*method.common_students, method.leader]
+    networks = list(method.peers)
     reference = Published(method, networks)
     # The trans-fusion is part of the leader: same optimizer, same weight decay.
     leader = [*reference.networks[-1].parameters(), *reference.parameters("trans_fusion.")]

@@ -53,7 +53,7 @@ def test_ffl_recipe_holds_the_published_values():
 
 @pytest.mark.parametrize("name", [n for n in FFSD_ROWS if "wrn" in n])
 def test_wide_resnet_recipes_have_the_published_quirks(name):
-    leader = make_method(resolved(from_recipe(name)), 100).leader
+    leader = make_method(resolved(from_recipe(name)), 100).networks()["leader"]
     assert leader.bn1.momentum == 0.9
     assert leader.conv1.bias is not None
     assert leader.layer2[0].conv1.stride == (1, 1) and leader.layer2[0].conv2.stride == (2, 2)

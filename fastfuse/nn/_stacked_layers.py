@@ -1,0 +1,121 @@
+"""The layers of a stacked network: each holds the parameters of the same layer of several networks, one after another.
+
+Dimension 0 of every parameter and buffer runs over the networks first: `tensor.view(networks, *shape)` takes them
+apart.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastfuse import functional
+from fastfuse.errors import InputError
+from fastfuse.nn._norm import batch_norm
+from fastfuse.nn._stacked_graph import refusal
+
+
+def joined(parts: Sequence[Tensor], leaf: nn.Module) -> Tensor:
+    """One tensor of a layer for all networks; the memory format of the parts stays."""
+    # A linear layer's matrices are the batch of one product; numbers have no dimension to follow each other in.
+    stacked = isinstance(leaf, nn.Linear) or parts[0].dim() == 0
+    return torch.stack(list(parts)) if stacked else torch.cat(list(parts))
+
+
+def convolution(layer: nn.Conv2d, *, networks: int, images: int = 0) -> nn.Conv2d:
+    """A convolution for all networks at once, without values yet.
+
+    Args:
+        layer: that of one network.
+        networks: how many there are.
+        images: 0 for a layer that reads stacked maps; otherwise the number of image batches side by side in its input,
+            each of which serves as many networks: to those the layer is one dense convolution.
+    """
+    return nn.Conv2d(
+        layer.in_channels * (images or networks),
+        layer.out_channels * networks,
+        layer.kernel_size,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        images or layer.groups * networks,
+        layer.bias is not None,
+        layer.padding_mode,
+        device="meta",
+    )
+
+
+class StackedNorm(nn.BatchNorm2d):
+    """Batch norm over the channels of all networks, with the addition and the ReLU that follow it.
+
+    Args:
+        norm: that of one network.
+        networks: how many there are.
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d, networks: int) -> None:
+        super().__init__(norm.num_features * networks, norm.eps, norm.momentum, device="meta")
+        # Networks may have seen different numbers of batches before they were stacked.
+        self.num_batches_tracked = torch.empty(networks, dtype=torch.long, device="meta")
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """[N, S C, H, W], and a residual of that shape, to the same; the batch is counted by the whole network."""
+        norm = batch_norm(self, counters=[])
+        if residual is None or (residual.shape == x.shape and residual.dtype == x.dtype):
+            return functional.batch_norm_act(x, norm, residual=residual, relu=relu).out
+        # What broadcasts, or is promoted under autocast.
+        total = functional.batch_norm_act(x, norm, relu=False).out + residual
+        return total.relu() if relu else total
+
+
+class StackedLinear(nn.Module):
+    """A linear layer of each network, as one batched product; weight [S, K, C], bias [S, K].
+
+    Args:
+        layer: that of one network.
+        networks: S.
+    """
+
+    def __init__(self, layer: nn.Linear, networks: int) -> None:
+        super().__init__()
+        self.networks = networks
+        self.weight = nn.Parameter(torch.empty(networks, layer.out_features, layer.in_features, device="meta"))
+        bias = None if layer.bias is None else nn.Parameter(torch.empty(networks, layer.out_features, device="meta"))
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, S C], or [S, N, C] of a linear layer before, to [S, N, K]."""
+        if x.dim() == 2:
+            x = x.view(x.shape[0], self.networks, -1).transpose(0, 1)
+        weight = self.weight.transpose(1, 2)
+        if self.bias is None:
+            return torch.bmm(x, weight)
+        return torch.baddbmm(self.bias.unsqueeze(1), x, weight)
+
+
+def stacked_layer(name: str, layers: Sequence[nn.Module], images: int) -> nn.Module:
+    """The same layer of several networks as one, with their values; `images` as for `convolution`."""
+    first = layers[0]
+    if isinstance(first, nn.Conv2d):
+        made = convolution(first, networks=len(layers), images=images)
+    elif isinstance(first, nn.BatchNorm2d):
+        try:
+            batch_norm(first, training=False)
+        except InputError as error:
+            raise refusal(f"layer {name} (BatchNorm2d)", str(error).partition(";")[0]) from error
+        made = StackedNorm(first, len(layers))
+    else:
+        made = StackedLinear(first, len(layers))
+    own = [dict(tensors_of(layer)) for layer in layers]
+    for key, tensor in own[0].items():
+        value = joined([tensors[key].detach() for tensors in own], first)
+        if isinstance(tensor, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=tensor.requires_grad)
+        setattr(made, key, value)
+    return made
+
+
+def tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """All parameters and buffers by every name that they have."""
+    named = (module.named_parameters, module.named_buffers)
+    return [entry for each in named for entry in each(remove_duplicate=False)]
