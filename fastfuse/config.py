@@ -12,7 +12,7 @@ from fastfuse.errors import InputError, unknown_name
 # May differ between a run and its resumption: they do not change what is computed.
 RUNTIME_FIELDS = frozenset(
     {"recipe", "data_root", "data_path", "download", "out", "resume", "max_time", "device", "init", "log_interval"}
-    | {"checkpoint_minutes", "baseline", "quiet"}
+    | {"checkpoint_minutes", "baseline", "quiet", "mode", "strategy"}
 )
 
 
@@ -41,6 +41,8 @@ class TrainConfig:
     """Let torchvision download CIFAR."""
     val_fraction: float = 0.0
     """Share of the training images to hold out for choosing the best epoch."""
+    val_seed: int | None = None
+    """Draws that share (default: the seed)."""
     crop_padding: int | None = None
     """Pixels of reflect padding before the random crop (default: the data set's)."""
     flip: bool | None = None
@@ -99,8 +101,16 @@ class TrainConfig:
     wrn_last_norm_momentum: float | None = None
     """wrn: momentum of the last batch norm (default: 0.9, as published; 0.1 recommended)."""
 
-    amp: str = "off"
-    """off, bf16 or fp16 (fp16 with loss scaling)."""
+    mode: str = "auto"
+    """eager, compiled (torch.compile), graphed (the whole step as one CUDA graph; GPU) or auto (graphed on a GPU)."""
+    replicas: int = 1
+    """Train so many independent runs in one pass, of this seed and the next ones; reports mean and deviation."""
+    strategy: str = "auto"
+    """How the networks run: loop, branches (of a CUDA graph), grouped (as one network) or auto."""
+    amp: str = "auto"
+    """off, bf16, fp16 (with loss scaling) or auto (bf16 on a GPU, else off)."""
+    tf32: bool = True
+    """Let a GPU round float32 products to TF32, without --amp."""
     channels_last: bool = True
     """Keep maps and convolution weights channels-last; faster on CPUs and in half precision."""
     ema: float = 0.0
@@ -130,7 +140,7 @@ def check(config: TrainConfig) -> None:
     Raises:
         InputError: names the option, its value and what is expected.
     """
-    for name in ("epochs", "batch_size", "students", "log_interval"):
+    for name in ("epochs", "batch_size", "students", "replicas", "log_interval"):
         if getattr(config, name) < 1:
             raise InputError(f"{_option(name)} must be at least 1, not {getattr(config, name)}")
     for field in dataclasses.fields(config):
@@ -144,7 +154,7 @@ def check(config: TrainConfig) -> None:
             raise InputError(f"{_option(name)} must be positive, not {value}")
     not_negative = ("momentum", "weight_decay", "fusion_weight_decay", "transform_weight_decay", "warmup_epochs")
     not_negative += ("rampup_epochs", "lambda_diversity", "lambda_fusion", "lambda_self_distillation")
-    for name in (*not_negative, "kl_target_epsilon", "checkpoint_minutes", "seed"):
+    for name in (*not_negative, "kl_target_epsilon", "checkpoint_minutes", "seed", "val_seed"):
         value = getattr(config, name)
         if value is not None and value < 0:
             raise InputError(f"{_option(name)} must not be negative, not {value}")
@@ -154,7 +164,9 @@ def check(config: TrainConfig) -> None:
         raise InputError(f"--ema must be at least 0 and below 1, not {config.ema}")
     if not 0 <= config.val_fraction < 1:
         raise InputError(f"--val-fraction must be at least 0 and below 1, not {config.val_fraction}")
-    choices = {"schedule": ("multistep", "cosine"), "amp": ("off", "bf16", "fp16")}
+    choices = {"schedule": ("multistep", "cosine"), "amp": ("auto", "off", "bf16", "fp16")}
+    choices |= {"mode": ("auto", "eager", "compiled", "graphed")}
+    choices |= {"strategy": ("auto", "loop", "branches", "grouped")}
     choices["diversity_mode"] = ("published", "normalized")
     for name, known in choices.items():
         value = getattr(config, name)

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from fastfuse.data import arrays, cifar, digits
-from fastfuse.data.augment import EpochPlan, batches, epoch_plan, evaluation_batches, steps_per_epoch
+from fastfuse.data.augment import EpochPlan, EvaluationBatches, TrainingBatches, epoch_plan, steps_per_epoch
 from fastfuse.data.dataset import Dataset, Split, split_validation
 from fastfuse.errors import InputError, unknown_name
 
@@ -12,10 +12,10 @@ __all__ = [
     "NAMES",
     "Dataset",
     "EpochPlan",
+    "EvaluationBatches",
     "Split",
-    "batches",
+    "TrainingBatches",
     "epoch_plan",
-    "evaluation_batches",
     "load",
     "steps_per_epoch",
 ]

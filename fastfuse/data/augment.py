@@ -1,8 +1,7 @@
 """Batches of one epoch. All its randomness is drawn at once from (seed, epoch), so any step can be resumed at."""
 
-import dataclasses
 import hashlib
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +11,7 @@ from fastfuse.data.dataset import Dataset, Split
 from fastfuse.errors import InputError
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class EpochPlan:
+class EpochPlan(NamedTuple):
     """The draws of one epoch, row i for the i-th image shown.
 
     `order` int64 [N], a permutation; `offsets` int64 [N, 2] in 0 .. 2 * padding; `flips` bool [N].
@@ -46,74 +44,135 @@ def steps_per_epoch(n: int, batch_size: int) -> int:
     return -(-n // batch_size)
 
 
-def batches(
-    dataset: Dataset,
-    *,
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    start_step: int = 0,
-    dtype: torch.dtype = torch.float32,
-    memory_format: torch.memory_format = torch.contiguous_format,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented training batches of one epoch: images [B, 3, H, W] of `dtype` and labels int64 [B].
+class TrainingBatches:
+    """Augmented training batches, made on the device that holds the data set.
 
-    They are made on the device that holds the data set, without a host wait. Each image appears once. The last batch
-    holds what is left, if only one image: batch norm still has H x W values per channel as long as maps are larger
-    than 1x1. With `start_step` the first batches are left out and the others are the same, bit for bit.
+    What a batch is made of lies at fixed addresses and is found by a counter on the device: drawing one needs nothing
+    of the host, so a captured training step draws its own.
+
+    Args:
+        dataset: its tensors stay where they are.
+        batch_size: images of every batch but the last of an epoch, which holds what is left, if only one image: batch
+            norm still has H x W values per channel as long as maps are larger than 1x1.
+        replicas: R, batches drawn side by side, each with draws of its own.
+        dtype: of the images.
+        memory_format: of the images.
+
+    Attributes:
+        steps: batches in an epoch.
+        step: 0-d int64, the batch that is drawn next; for whoever else counts steps on the device.
 
     Raises:
-        InputError: at once, for a batch size below 1 or a start step outside the epoch.
+        InputError: a batch size below 1.
     """
-    n = len(dataset.train)
-    steps = steps_per_epoch(n, batch_size)
-    if not 0 <= start_step <= steps:
-        raise InputError(f"start step must be in 0..{steps}, the steps of an epoch, got {start_step}")
-    plan = epoch_plan(
-        n, seed=seed, epoch=epoch, padding=dataset.padding, flip=dataset.flip, device=dataset.train.images.device
-    )
-    return _augmented(dataset, plan, range(start_step * batch_size, n, batch_size), batch_size, dtype, memory_format)
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        batch_size: int,
+        replicas: int = 1,
+        dtype: torch.dtype = torch.float32,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        self.steps = steps_per_epoch(len(dataset.train), batch_size)
+        self.dataset, self.batch_size, self.replicas = dataset, batch_size, replicas
+        self.dtype, self.memory_format = dtype, memory_format
+        device = dataset.train.images.device
+        self.step = torch.zeros((), dtype=torch.int64, device=device)
+        self._rows = torch.arange(batch_size, device=device)
+        self._plan = self._drawn(seed=0, epoch=0)
+
+    def start(self, *, seed: int, epoch: int, step: int = 0) -> None:
+        """Draw an epoch, and stand before its batch number `step`; the batches that remain are the same, bit for bit.
+
+        Replica r has the draws of `seed` + r.
+
+        Raises:
+            InputError: a step outside the epoch.
+        """
+        if not 0 <= step <= self.steps:
+            raise InputError(f"start step must be in 0..{self.steps}, the steps of an epoch, got {step}")
+        for mine, drawn in zip(self._plan, self._drawn(seed=seed, epoch=epoch), strict=True):
+            mine.copy_(drawn)
+        self.step.fill_(step)
+
+    def count(self, step: int) -> int:
+        """Images in batch number `step` of an epoch."""
+        return min(self.batch_size, len(self.dataset.train) - step * self.batch_size)
+
+    def draw(self, count: int) -> tuple[Tensor, Tensor]:
+        """The next batch: images [count, 3, H, W] and labels int64 [count]; of replicas [count, R 3, H, W], [R, count].
+
+        Each image appears once in an epoch if `count` is what `self.count` gives for the batch that is next.
+        """
+        rows = self._rows[:count] + self.step * self.batch_size
+        order, offsets, flips = (x.index_select(1, rows).flatten(0, 1) for x in self._plan)
+        self.step += 1
+        train, form = self.dataset.train, {"dtype": self.dtype, "memory_format": self.memory_format}
+        mean, std, padding = self.dataset.mean, self.dataset.std, self.dataset.padding
+        images = functional.augment(train.images, order, offsets, flips, mean=mean, std=std, padding=padding, **form)
+        labels = train.labels.index_select(0, order)
+        if self.replicas == 1:
+            return images, labels
+        side_by_side = images.unflatten(0, (self.replicas, count)).transpose(0, 1).flatten(1, 2)
+        return side_by_side.contiguous(memory_format=self.memory_format), labels.view(self.replicas, count)
+
+    def _drawn(self, *, seed: int, epoch: int) -> EpochPlan:
+        train, padding, flip = self.dataset.train, self.dataset.padding, self.dataset.flip
+        form = {"epoch": epoch, "padding": padding, "flip": flip, "device": train.images.device}
+        plans = [epoch_plan(len(train), seed=seed + r, **form) for r in range(self.replicas)]
+        return EpochPlan(*(torch.stack(rows) for rows in zip(*plans, strict=True)))
 
 
-def evaluation_batches(
-    split: Split,
-    *,
-    mean: Tensor,
-    std: Tensor,
-    batch_size: int,
-    dtype: torch.dtype = torch.float32,
-    memory_format: torch.memory_format = torch.contiguous_format,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images of a split in order, normalised and not augmented; batches as those of `batches`."""
-    _check_batch_size(batch_size)
-    return (
-        (functional.normalize(images, mean=mean, std=std, dtype=dtype, memory_format=memory_format), labels)
-        for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True)
-    )
+class EvaluationBatches:
+    """The images of a split in order, normalised and not augmented; drawn as `TrainingBatches` are.
 
+    Args:
+        split: its tensors stay where they are.
+        mean, std: float32 [3] in units where white is 1.
+        batch_size: images of every batch but the last.
+        dtype: of the images.
+        memory_format: of the images.
 
-def _augmented(
-    dataset: Dataset,
-    plan: EpochPlan,
-    starts: range,
-    batch_size: int,
-    dtype: torch.dtype,
-    memory_format: torch.memory_format,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    for start in starts:
-        rows = slice(start, start + batch_size)
-        images = functional.augment(
-            dataset.train.images,
-            plan.order[rows],
-            plan.offsets[rows],
-            plan.flips[rows],
-            mean=dataset.mean,
-            std=dataset.std,
-            padding=dataset.padding,
-            dtype=dtype,
-            memory_format=memory_format,
-        )
-        yield images, dataset.train.labels[plan.order[rows]]
+    Attributes:
+        counts: images in each batch.
+
+    Raises:
+        InputError: a batch size below 1.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        mean: Tensor,
+        std: Tensor,
+        batch_size: int,
+        dtype: torch.dtype = torch.float32,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        steps = steps_per_epoch(len(split), batch_size)
+        self.counts = [min(batch_size, len(split) - step * batch_size) for step in range(steps)]
+        self.split = split
+        self._form = {"mean": mean, "std": std, "dtype": dtype, "memory_format": memory_format}
+        self._next = torch.zeros((), dtype=torch.int64, device=split.labels.device)
+        self._rows = torch.arange(batch_size, device=split.labels.device)
+
+    def start(self) -> None:
+        """Stand before the first batch."""
+        self._next.zero_()
+
+    def draw(self, count: int) -> tuple[Tensor, Tensor]:
+        """The next `count` images [count, 3, H, W] and their labels int64 [count]."""
+        rows = self._rows[:count] + self._next
+        self._next += count
+        images, labels = (x.index_select(0, rows) for x in (self.split.images, self.split.labels))
+        return functional.normalize(images, **self._form), labels
+
+    def tensors(self) -> list[Tensor]:
+        """What drawing changes."""
+        return [self._next]
 
 
 def _check_batch_size(batch_size: int) -> None:

@@ -14,6 +14,7 @@ from fastfuse.config import TrainConfig
 from fastfuse.data import Dataset
 from fastfuse.errors import InputError, unknown_name
 from fastfuse.methods import METHODS, Method, build_method
+from fastfuse.methods.replicas import Replicas
 from fastfuse.train.optim import SETTINGS
 from fastfuse.train.schedule import milestones
 
@@ -46,7 +47,7 @@ def load_data(config: TrainConfig) -> Dataset:
         path=config.data_path,
         download=config.download,
         val_fraction=config.val_fraction,
-        seed=config.seed,
+        seed=config.seed if config.val_seed is None else config.val_seed,
         padding=config.crop_padding,
         flip=config.flip,
     )
@@ -69,6 +70,23 @@ def make_method(config: TrainConfig, num_classes: int) -> Method:
         model_options=model_options,
         **{name: getattr(config, name) for name in names},
     )
+
+
+def with_replicas(method: Method, config: TrainConfig, num_classes: int) -> Method:
+    """The method itself, or as many of it as the configuration asks for, each drawn from a seed of its own.
+
+    Args:
+        method: of the configuration's own seed, with its initial weights.
+        config: resolved; its --init goes for every replica.
+        num_classes: K.
+    """
+    if config.replicas == 1:
+        return method
+    methods = [method]
+    for seed in range(config.seed + 1, config.seed + config.replicas):
+        methods.append(make_method(dataclasses.replace(config, seed=seed), num_classes))
+        initial_weights(methods[-1], config.init)
+    return Replicas(methods, [f"seed{config.seed + r}" for r in range(config.replicas)])
 
 
 def try_out(method: Method, dataset: Dataset, batch_size: int) -> None:

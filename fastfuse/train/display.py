@@ -1,6 +1,7 @@
 """What a user sees while a run goes on: a live bar in a terminal, a line per epoch elsewhere."""
 
 import sys
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -52,12 +53,14 @@ class Display:
             status = f"epoch {epoch + 1}/{self.epochs}" + ("" if loss is None else f"  loss {loss:.4f}")
             self._progress.update(self._task, completed=epoch * self.steps + step, status=status)
 
-    def epoch(self, line: dict[str, Any], deployed: str, best: float) -> None:
-        """One line about an epoch that has ended."""
-        top1 = line["accuracy"][deployed]["top1"]
+    def epoch(self, line: dict[str, Any], best: Mapping[str, float]) -> None:
+        """One line about an epoch that has ended; `best` is the best accuracy of every deployed network so far."""
+        networks = "  ".join(
+            f"{name} {line['accuracy'][name]['top1']:.2f} % (best {top1:.2f})" for name, top1 in best.items()
+        )
         self.console.print(
             f"{self.title}  epoch {line['epoch']}/{self.epochs}  loss {line['losses']['loss']:.4f}  "
-            f"{deployed} {top1:.2f} % (best {best:.2f})  {line['images_per_second']:.0f} images/s",
+            f"{networks}  {line['images_per_second']:.0f} images/s",
             highlight=False,
             soft_wrap=True,
         )
@@ -71,12 +74,11 @@ def results_table(summaries: list[dict[str, Any]]) -> None:
     for heading in ("images/s", "seconds"):
         table.add_column(heading, justify="right", no_wrap=True)
     for summary in summaries:
-        for i, (name, network) in enumerate(summary["networks"].items()):
+        for i, (name, best, last) in enumerate(_accuracies(summary)):
             deployed = name == summary["deployed"]
             speed = f"{summary['images_per_second']:.0f}" if i == 0 else ""
             seconds = f"{summary['seconds']:.1f}" if i == 0 else ""
             marked = f"[bold]{name}[/bold] *" if deployed else name
-            best, last = f"{network['best_top1']:.2f}", f"{network['last_top1']:.2f}"
             table.add_row(summary["method"] if i == 0 else "", marked, best, last, speed, seconds)
         table.add_section()
     console = Console(file=sys.stdout)
@@ -84,3 +86,13 @@ def results_table(summaries: list[dict[str, Any]]) -> None:
     console.print(
         f"* deployed network; best epoch chosen on the {summaries[0]['best_chosen_on']} images", highlight=False
     )
+
+
+def _accuracies(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Each network with its best and last accuracy; of replicas mean and standard deviation."""
+    if "statistics" not in summary:
+        return [(name, f"{x['best_top1']:.2f}", f"{x['last_top1']:.2f}") for name, x in summary["networks"].items()]
+    return [
+        (name, *(f"{x[key]['mean']:.2f} ± {x[key]['sd']:.2f}" for key in ("best_top1", "last_top1")))
+        for name, x in summary["statistics"].items()
+    ]

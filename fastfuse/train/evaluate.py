@@ -1,52 +1,92 @@
 """Accuracy of every head on a split, counted on the device and read once."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
+from fastfuse.data import EvaluationBatches
 from fastfuse.methods.base import Method
+from fastfuse.train.graph import Captured
 
 Accuracy = dict[str, dict[str, float]]
 
 
-@torch.no_grad()
-def evaluate(
-    method: Method, batches: Iterable[tuple[Tensor, Tensor]], autocast: Callable[[], AbstractContextManager]
-) -> Accuracy:
-    """Top-1 and top-5 in percent of every head, the mean-logit ensemble, and the oracle.
+class Evaluator:
+    """Counts the right answers of every head, the mean-logit ensemble, and the oracle.
 
     The oracle counts an image as right if any student is; published code calls that ensemble accuracy. Ensemble and
     oracle exist where there are two or more students. Top-5 counts the best min(5, K) classes.
 
     Args:
-        method: its mode is restored afterwards.
-        batches: images and labels.
+        method: its mode is restored after every evaluation.
+        batches: the images.
         autocast: makes the context that the networks run in.
+        graphed: replay a batch as a CUDA graph, one for each size.
     """
-    was_training = method.training
-    method.eval()
-    counts: dict[str, Tensor] = {}
-    total = 0
-    for images, labels in batches:
-        with autocast():
-            logits = {name: row.float() for name, row in method.predict(images).items()}
-        students = [logits[name] for name in method.students()]
-        if len(students) > 1:
-            logits["ensemble"] = torch.stack(students).mean(0)
+
+    def __init__(
+        self,
+        method: Method,
+        batches: EvaluationBatches,
+        autocast: Callable[[], AbstractContextManager],
+        *,
+        graphed: bool = False,
+    ) -> None:
+        self.method, self.batches, self.autocast, self.graphed = method, batches, autocast, graphed
+        self._names: list[str] = []
+        self._counts: Tensor | None = None
+        self._graphs: dict[int, Captured] = {}
+
+    @torch.no_grad()
+    def __call__(self) -> Accuracy:
+        """Top-1 and top-5 in percent, by name."""
+        was_training = self.method.training
+        self.method.eval()
+        self.batches.start()
+        if self._counts is not None:
+            self._counts.zero_()
+        for count in self.batches.counts:
+            self._run(count)
+        self.method.train(was_training)
+        total = sum(self.batches.counts)
+        return {
+            name: {"top1": 100.0 * top1 / total, "top5": 100.0 * top5 / total}
+            for name, (top1, top5) in zip(self._names, self._counts.tolist(), strict=True)
+        }
+
+    def _run(self, count: int) -> None:
+        if not self.graphed:
+            self._work(count)
+            return
+        if count not in self._graphs:
+            if self._counts is None:  # made by the first batch, and a capture must find it in place
+                self._work(count)
+                self._counts.zero_()
+                self.batches.start()
+            self._graphs[count] = Captured(
+                lambda: self._work(count), lambda: [self._counts, *self.batches.tensors()], self._pool()
+            )
+        self._graphs[count]()
+
+    def _pool(self) -> tuple[int, int] | None:
+        return next((captured.graph.pool() for captured in self._graphs.values()), None)
+
+    def _work(self, count: int) -> None:
+        images, labels = self.batches.draw(count)
+        with self.autocast():
+            logits = {name: row.float() for name, row in self.method.predict(images).items()}
+        ensembles = {prefix: names for prefix, names in self.method.ensembles().items() if len(names) > 1}
+        for prefix, names in ensembles.items():
+            logits[f"{prefix}ensemble"] = torch.stack([logits[name] for name in names]).mean(0)
         hits = {name: _hits(row, labels) for name, row in logits.items()}
-        if len(students) > 1:
-            hits["oracle"] = torch.stack([hits[name] for name in method.students()]).any(0)
-        for name, hit in hits.items():
-            counts[name] = counts.get(name, 0) + hit.sum(1)
-        total += len(labels)
-    method.train(was_training)
-    found = torch.stack(list(counts.values())).tolist()
-    return {
-        name: {"top1": 100.0 * top1 / total, "top5": 100.0 * top5 / total}
-        for name, (top1, top5) in zip(counts, found, strict=True)
-    }
+        for prefix, names in ensembles.items():
+            hits[f"{prefix}oracle"] = torch.stack([hits[name] for name in names]).any(0)
+        counted = torch.stack([hit.sum(1) for hit in hits.values()])
+        if self._counts is None:
+            self._names, self._counts = list(hits), torch.zeros_like(counted)
+        self._counts += counted
 
 
 def _hits(logits: Tensor, labels: Tensor) -> Tensor:

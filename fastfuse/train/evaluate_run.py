@@ -32,11 +32,15 @@ def evaluate_run(
     config = dataclasses.replace(
         config, data_root=data_root or config.data_root, data_path=data_path or config.data_path, device=device
     )
+    config = dataclasses.replace(config, mode="eager")  # one pass does not earn a compilation or a capture
+    if config.replicas > 1:
+        raise InputError(f"{path} holds {config.replicas} replicas; name one of them, such as {path}/seed{config.seed}")
     if not run.checkpoint.exists():
         raise InputError(f"{path} has no checkpoint yet; go on training with: fastfuse train --resume --out {path}")
     dataset = build.load_data(config)
     method = build.make_method(config, dataset.num_classes)
-    trainer = Trainer(config, run, dataset, method, build.pick_device(device))
+    on = build.pick_device(device)
+    trainer = Trainer(config, run, dataset, method.to(on), on)
     try:
         trainer.restore(checkpoint.load(run.checkpoint))
     except (RuntimeError, KeyError, ValueError) as error:
@@ -48,5 +52,6 @@ def evaluate_run(
         plain = dataclasses.replace(adapted(config, method="independent"), students=1)
         network = build.make_method(plain, dataset.num_classes).to(trainer.device)
         build.initial_weights(network, (f"student0={best}",))
-        accuracy[f"{method.deployed} (best)"] = trainer.evaluate(trainer.dataset.test, network)["student0"]
+        evaluate = trainer.evaluator(trainer.dataset.test, network)
+        accuracy[f"{method.deployed} (best)"] = evaluate()["student0"]
     return {"run": str(path), "epoch": trainer.position.epoch, "accuracy": accuracy}

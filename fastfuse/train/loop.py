@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastfuse import config as configuration
 from fastfuse import data, info
@@ -18,10 +17,14 @@ from fastfuse.config import TrainConfig
 from fastfuse.data import Dataset, Split
 from fastfuse.errors import FastfuseError, NonFiniteLossError
 from fastfuse.methods import Method
-from fastfuse.train import build, checkpoint
-from fastfuse.train.evaluate import Accuracy, evaluate
+from fastfuse.methods.replicas import Replicas
+from fastfuse.train import build, checkpoint, modes
+from fastfuse.train.average import MovingAverage
+from fastfuse.train.engine import Engine
+from fastfuse.train.evaluate import Accuracy, Evaluator
 from fastfuse.train.optim import build_optimizers
 from fastfuse.train.record import RunFolder
+from fastfuse.train.replicas import write_run_folders
 from fastfuse.train.schedule import learning_rate_factor
 from fastfuse.train.step import TrainStep
 from fastfuse.train.summary import Position, summarise
@@ -56,6 +59,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         config = dataclasses.replace(config, out=Path("runs") / f"{stamp}_{config.method}_{config.model}_{config.data}")
     run = RunFolder(config.out)
     device = build.pick_device(config.device)
+    modes.pick_mode(config.mode, device)  # refuses what the device cannot do
+    config = dataclasses.replace(config, amp=modes.pick_amp(config.amp, device))
     dataset = build.load_data(config)
     method = build.make_method(config, dataset.num_classes)
     resuming = config.resume and run.checkpoint.exists()
@@ -63,6 +68,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if state is None:
         build.initial_weights(method, config.init)
         build.try_out(method, dataset, config.batch_size)
+    method = build.with_replicas(method, config, dataset.num_classes)
+    method.to(device).arrange(config.strategy)
     created = run.claim(resume=config.resume)
     try:
         run.write_config(config)
@@ -70,10 +77,26 @@ def train(config: TrainConfig) -> dict[str, Any]:
         if created:
             run.path.rmdir()
         raise
-    trainer = Trainer(config, run, dataset, method, device)
-    if state is not None:
-        trainer.restore(state)
-    return trainer.run_all()
+    with modes.float32_products(tf32=config.tf32), _out_of_memory_explained(config):
+        trainer = Trainer(config, run, dataset, method, device)
+        if state is not None:
+            trainer.restore(state)
+        return trainer.run_all()
+
+
+@contextmanager
+def _out_of_memory_explained(config: TrainConfig) -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        # The CPU's allocator has no exception of its own.
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        first = (str(error).splitlines() or ["no details"])[0]
+        raise FastfuseError(
+            f"out of memory with --batch-size {config.batch_size} and --students {config.students}: lower either, or "
+            f"give --amp bf16; the last checkpoint in {config.out} is intact ({first})"
+        ) from error
 
 
 class Trainer:
@@ -83,7 +106,7 @@ class Trainer:
         config: resolved.
         run: its folder, claimed.
         dataset: on the CPU.
-        method: on the CPU, with initial weights.
+        method: on the device, with initial weights, its networks arranged.
         device: where to train.
     """
 
@@ -94,17 +117,29 @@ class Trainer:
         self.run = run
         self.fingerprint = dataset.fingerprint()
         self.dataset = dataset.to(device)
-        self.method = method.to(device).train()
+        self.method = method.train()
         self.optimizers = build_optimizers(self.method, **build.optimizer_settings(config))
-        self.step = TrainStep(self.method, self.optimizers, amp=config.amp, channels_last=config.channels_last)
-        self.ema = None
-        if config.ema:
-            average = get_ema_multi_avg_fn(config.ema)
-            self.ema = AveragedModel(self.method, multi_avg_fn=average, use_buffers=True)
-        self.steps_per_epoch = data.steps_per_epoch(len(dataset.train), config.batch_size)
-        self.terms = TermLog(config.log_interval)
+        self.mode = modes.pick_mode(config.mode, device)
+        self.step = TrainStep(
+            self.method,
+            self.optimizers,
+            amp=modes.pick_amp(config.amp, device),
+            channels_last=config.channels_last,
+            compiled=self.mode == "compiled",
+        )
+        self.average = MovingAverage(self.method, config.ema) if config.ema else None
+        batches = data.TrainingBatches(
+            self.dataset,
+            batch_size=config.batch_size,
+            replicas=config.replicas,
+            memory_format=self.step.memory_format,
+        )
+        self.steps_per_epoch = batches.steps
+        self.terms = TermLog(config.log_interval, device)
+        graphed = self.mode == "graphed"
+        self.engine = Engine(self.step, batches, self.terms, average=self.average, graphed=graphed)
+        self._evaluators: dict[int, Evaluator] = {}
         self.position = Position()
-        self.progress = torch.zeros((), device=device)
         self.device = device
         self.interrupted = False
         self._saved = self._started = self._began = time.monotonic()
@@ -132,17 +167,29 @@ class Trainer:
             )
         summary = summarise(self)
         if position.history:
-            self.run.write_weights(self.method.deployed, self._evaluated().deployed_state())
+            for name, state in self._evaluated().deployed_states().items():
+                self.run.write_weights(name, state)
+        if isinstance(self.method, Replicas):
+            write_run_folders(self.run, self.method, config, self._state())
         self.run.write_summary(summary)
         return summary
 
-    def evaluate(self, split: Split, method: Method | None = None) -> Accuracy:
-        """Accuracy on a split of the trained networks (their moving average if there is one), or of another method."""
-        mean, std = self.dataset.mean, self.dataset.std
-        batches = data.evaluation_batches(
-            split, mean=mean, std=std, batch_size=EVALUATION_BATCH, memory_format=self.step.memory_format
+    def evaluate(self, split: Split) -> Accuracy:
+        """Accuracy on a split of the trained networks, or of their moving average if there is one."""
+        if id(split) not in self._evaluators:
+            self._evaluators[id(split)] = self.evaluator(split, self._evaluated(), graphed=self.engine.graphed)
+        return self._evaluators[id(split)]()
+
+    def evaluator(self, split: Split, method: Method, *, graphed: bool = False) -> Evaluator:
+        """What counts a method's right answers on a split of this run's data, in this run's precision."""
+        batches = data.EvaluationBatches(
+            split,
+            mean=self.dataset.mean,
+            std=self.dataset.std,
+            batch_size=EVALUATION_BATCH,
+            memory_format=self.step.memory_format,
         )
-        return evaluate(method or self._evaluated(), batches, self.step.autocast)
+        return Evaluator(method, batches, self.step.autocast, graphed=graphed)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up a checkpoint."""
@@ -150,39 +197,33 @@ class Trainer:
         self.optimizers.load_state_dict(state["optimizers"])
         if self.step.scaler is not None:
             self.step.scaler.load_state_dict(state["scaler"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
+        if self.average is not None:
+            self.average.method.load_state_dict(state["ema"])
         self.terms.load_state_dict(state["terms"])
         self.position = Position(**state["position"])
         checkpoint.restore_generators(state["generators"])
 
     def _train_epoch(self, display: "Display") -> None:
         config, position = self.config, self.position
-        self.progress.fill_(position.epoch)
-        batches = data.batches(
-            self.dataset,
-            batch_size=config.batch_size,
+        steps = self.steps_per_epoch
+        self.engine.start_epoch(
             seed=config.seed,
             epoch=position.epoch,
-            start_step=position.step,
-            memory_format=self.step.memory_format,
+            step=position.step,
+            factors=[learning_rate_factor(config, position.epoch, step, steps) for step in range(steps)],
         )
         clock = _Clock(position)
-        for images, labels in batches:
-            factor = learning_rate_factor(config, position.epoch, position.step, self.steps_per_epoch)
-            self.optimizers.set_factor(factor)
-            output = self.step(images, labels, self.progress)
-            if self.ema is not None:
-                self.ema.update_parameters(self.method)
-            self.terms.add(output.loss, output.terms, epoch=position.epoch, step=position.step, images=len(labels))
+        while position.step < steps:
+            images = self.engine.run(position.step)
+            self.terms.count(epoch=position.epoch, step=position.step, images=images)
             position.step += 1
             position.steps_done += 1
-            position.images_done += len(labels)
+            position.images_done += images * config.replicas
             display.step(position.epoch, position.step, self.terms.means().get("loss"))
             clock.lap()
             if self._must_stop():
                 break
-            if position.step < self.steps_per_epoch and time.monotonic() - self._saved > 60 * config.checkpoint_minutes:
+            if position.step < steps and time.monotonic() - self._saved > 60 * config.checkpoint_minutes:
                 self._save()
         self.terms.flush()
         clock.lap()
@@ -199,18 +240,18 @@ class Trainer:
         }
         if dataset.validation is not None:
             line["validation"] = self.evaluate(dataset.validation)
-        line["images_per_second"] = self.terms.images / max(position.epoch_seconds, 1e-9)
+        line["images_per_second"] = self.terms.images * self.config.replicas / max(position.epoch_seconds, 1e-9)
         line["seconds"] = position.seconds + time.monotonic() - self._started
         position.history.append(line)
         improved = self._note_best(line)
         position.epoch, position.step, position.epoch_seconds = position.epoch + 1, 0, 0.0
         self.terms.reset()
-        deployed = self.method.deployed
-        if deployed in improved:
-            self.run.write_weights(f"{deployed}_best", self._evaluated().deployed_state())
+        deployed = self._evaluated().deployed_states()
+        for name in deployed.keys() & improved:
+            self.run.write_weights(f"{name}_best", deployed[name])
         self.run.write_metrics(position.history)
         self._save()
-        display.epoch(line, deployed, position.best[deployed]["top1"])
+        display.epoch(line, {name: position.best[name]["top1"] for name in deployed})
 
     def _note_best(self, line: dict[str, Any]) -> set[str]:
         chosen_on = line.get("validation", line["accuracy"])
@@ -223,7 +264,7 @@ class Trainer:
         return improved
 
     def _evaluated(self) -> Method:
-        return self.method if self.ema is None else self.ema.module
+        return self.method if self.average is None else self.average.method
 
     def _save(self) -> None:
         self.terms.flush()
@@ -231,21 +272,21 @@ class Trainer:
         now = time.monotonic()
         self.position.seconds += now - self._started
         self._started = self._saved = now
-        checkpoint.save(
-            self.run.checkpoint,
-            {
-                "method": self.method.state_dict(),
-                "optimizers": self.optimizers.state_dict(),
-                "scaler": self.step.scaler.state_dict() if self.step.scaler is not None else None,
-                "ema": self.ema.state_dict() if self.ema is not None else None,
-                "terms": self.terms.state_dict(),
-                "position": dataclasses.asdict(self.position),
-                "generators": checkpoint.generator_states(),
-                "config": configuration.to_plain(self.config),
-                "data": self.fingerprint,
-                "versions": {**info.versions(), "commit": info.commit()},
-            },
-        )
+        checkpoint.save(self.run.checkpoint, self._state())
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "method": self.method.state_dict(),
+            "optimizers": self.optimizers.state_dict(),
+            "scaler": self.step.scaler.state_dict() if self.step.scaler is not None else None,
+            "ema": self.average.method.state_dict() if self.average is not None else None,
+            "terms": self.terms.state_dict(),
+            "position": dataclasses.asdict(self.position),
+            "generators": checkpoint.generator_states(),
+            "config": configuration.to_plain(self.config),
+            "data": self.fingerprint,
+            "versions": {**info.versions(), "commit": info.commit()},
+        }
 
     def _check_weights(self) -> None:
         """A finite loss may still have given an infinite update: that must not replace the last good checkpoint."""

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from fastfuse.methods.base import Method
 
@@ -21,24 +21,49 @@ SETTINGS = {
 class Optimizers:
     """The optimizers of a step as one.
 
-    Learning rates are device scalars written in place, so that a change needs no host wait and no recompilation.
+    Learning rates are parts of one device vector written in place, so that a change needs no host wait, no
+    recompilation and no new capture.
 
     Args:
+        method: names the parameters, and says what a parameter of stacked networks is made of.
         optimizers: each parameter belongs to exactly one.
     """
 
-    def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
+    def __init__(self, method: Method, optimizers: list[torch.optim.Optimizer]) -> None:
+        self.method = method
         self.optimizers = optimizers
-        self._base = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in optimizers]
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = _device_scalar(group["lr"], group["params"][0])
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        parameter = groups[0]["params"][0]
+        # The fused CUDA kernels read a float32 scalar; on the CPU float64 keeps the rate exact.
+        dtype = torch.float32 if parameter.is_cuda else torch.float64
+        self.initial = torch.tensor([float(g["lr"]) for g in groups], dtype=dtype, device=parameter.device)
+        self.rates = self.initial.clone()
+        for group, rate in zip(groups, self.rates, strict=True):
+            group["lr"] = rate
 
-    def set_factor(self, factor: float) -> None:
-        """Every learning rate becomes its initial value times the factor."""
-        for optimizer, base in zip(self.optimizers, self._base, strict=True):
-            for group, lr in zip(optimizer.param_groups, base, strict=True):
-                group["lr"].fill_(lr * factor)
+    def create_state(self) -> None:
+        """Make all state now, as zeros, where otherwise the first step would: a captured step must find it in place.
+
+        Exact: with a momentum of zero a first update is what it would be without one. An optimizer that has taken a
+        step keeps its state.
+        """
+        fresh = [optimizer for optimizer in self.optimizers if not optimizer.state]
+        rates = self.rates.clone()
+        self.rates.zero_()
+        for optimizer in fresh:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            for state in optimizer.state.values():
+                for value in state.values():
+                    value.zero_()
+        self.rates.copy_(rates)
+
+    def set_factor(self, factor: float | Tensor) -> None:
+        """Every learning rate becomes its initial value times the factor, a number or a 0-d device tensor."""
+        torch.mul(self.initial, factor, out=self.rates)
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -55,18 +80,41 @@ class Optimizers:
         if scaler is not None:
             scaler.update()
 
-    def state_dict(self) -> list[dict[str, Any]]:
-        """The state of each optimizer."""
-        return [optimizer.state_dict() for optimizer in self.optimizers]
+    def state_dict(self) -> list[dict[str, dict[str, Tensor]]]:
+        """The state of each optimizer by parameter, as of networks that stand alone, however they are run."""
+        found: list[dict[str, dict[str, Tensor]]] = []
+        for optimizer, names in zip(self.optimizers, self._names(), strict=True):
+            own: dict[str, dict[str, Tensor]] = {}
+            for parameter, name in names.items():
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    for part, tensor in self.method.split(name, value).items():
+                        own.setdefault(part, {})[key] = tensor
+            found.append(own)
+        return found
 
-    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        """Restore what `state_dict` gave, keeping the learning rates' own tensors."""
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            scalars = [group["lr"] for group in optimizer.param_groups]
-            optimizer.load_state_dict(state)
-            for group, scalar in zip(optimizer.param_groups, scalars, strict=True):
-                scalar.copy_(torch.as_tensor(group["lr"]))
-                group["lr"] = scalar
+    @torch.no_grad()
+    def load_state_dict(self, states: list[dict[str, dict[str, Tensor]]]) -> None:
+        """Restore what `state_dict` gave, into the memory that `create_state` made.
+
+        Raises:
+            KeyError: the state of a parameter is missing.
+        """
+        for optimizer, names, state in zip(self.optimizers, self._names(), states, strict=True):
+            for parameter, name in names.items():
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    value.copy_(self.method.join(name, {part: own[key] for part, own in state.items() if key in own}))
+
+    def _names(self) -> list[dict[torch.nn.Parameter, str]]:
+        known = {parameter: name for name, parameter in self.method.named_parameters()}
+        return [
+            {parameter: known[parameter] for group in optimizer.param_groups for parameter in group["params"]}
+            for optimizer in self.optimizers
+        ]
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that an update reads or writes besides parameters and gradients."""
+        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
+        return [self.rates, *(value for state in states for value in state.values())]
 
 
 def build_optimizers(method: Method, **settings: Any) -> Optimizers:
@@ -81,10 +129,4 @@ def build_optimizers(method: Method, **settings: Any) -> Optimizers:
     built: list[torch.optim.Optimizer] = [torch.optim.SGD(groups.sgd, lr=SETTINGS["lr"], fused=True)]
     if groups.adam:
         built.append(torch.optim.Adam(groups.adam, fused=True))
-    return Optimizers(built)
-
-
-def _device_scalar(value: float, parameter: nn.Parameter) -> torch.Tensor:
-    # The fused CUDA kernels read a float32 scalar; on the CPU float64 keeps the rate exact.
-    dtype = torch.float32 if parameter.is_cuda else torch.float64
-    return torch.tensor(float(value), dtype=dtype, device=parameter.device)
+    return Optimizers(method, built)

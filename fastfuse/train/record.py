@@ -75,9 +75,10 @@ class RunFolder:
         self._write_json("summary.json", summary)
 
     def write_weights(self, name: str, state: dict[str, Tensor]) -> None:
-        """Write one network's weights as NAME.safetensors."""
+        """Write one network's weights as NAME.safetensors, those of a replica, SEED/NAME, in its folder."""
         from safetensors.torch import save
 
+        (self.path / name).parent.mkdir(exist_ok=True)
         data = save({key: value.detach().cpu().contiguous() for key, value in state.items()})
         write_atomic(self.path / f"{name}.safetensors", lambda file: file.write(data))
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastfuse.errors import NonFiniteLossError
+from fastfuse.methods.base import MethodOutput
 
 
 class TermLog:
@@ -14,26 +15,36 @@ class TermLog:
 
     Args:
         interval: steps between two reads; each read waits for the device once.
+        device: where the steps run.
     """
 
-    def __init__(self, interval: int) -> None:
+    def __init__(self, interval: int, device: torch.device | str = "cpu") -> None:
         self.interval = interval
         self.names: list[str] = []
         self.sums: dict[str, float] = {}
         self.images = 0
         self._buffer: Tensor | None = None
+        self._row = torch.zeros(1, dtype=torch.int64, device=device)
         self._positions: list[tuple[int, int, int]] = []
 
-    def add(self, loss: Tensor, terms: Mapping[str, Tensor], *, epoch: int, step: int, images: int) -> None:
-        """Note one step's values without waiting for them."""
-        row = torch.stack([loss.detach(), *terms.values()])
+    def note(self, output: MethodOutput) -> None:
+        """Keep one step's values on the device: its work there, which a captured step repeats by itself."""
+        values = torch.stack([output.loss.detach(), *output.terms.values()])
         if self._buffer is None:
-            self.names = ["loss", *terms]
-            self._buffer = row.new_empty(self.interval, len(row))
-        self._buffer[len(self._positions)].copy_(row)
+            self.names = ["loss", *output.terms]
+            self._buffer = values.new_empty(self.interval, len(values))
+        self._buffer.index_copy_(0, self._row, values[None])
+        self._row += 1
+
+    def count(self, *, epoch: int, step: int, images: int) -> None:
+        """Say which step was noted; reads once per interval."""
         self._positions.append((epoch, step, images))
         if len(self._positions) == self.interval:
             self.flush()
+
+    def tensors(self) -> list[Tensor]:
+        """What noting a step changes, but for its row."""
+        return [self._row]
 
     def flush(self) -> None:
         """Read what was noted since the last read and add it up.
@@ -45,6 +56,7 @@ class TermLog:
             return
         rows = self._buffer[: len(self._positions)].cpu().tolist()
         positions, self._positions = self._positions, []
+        self._row.zero_()
         for (epoch, step, images), row in zip(positions, rows, strict=True):
             if bad := [name for name, value in zip(self.names, row, strict=True) if not math.isfinite(value)]:
                 named = [name for name in bad if name != "loss"] or bad

@@ -19,9 +19,10 @@ def make(flip=True, padding=2):
     return Dataset("toy", split, split, None, names, torch.full((3,), 0.5), torch.full((3,), 0.25), padding, flip)
 
 
-def collect(dataset=None, **options):
-    options = {"batch_size": 5, "seed": 0, "epoch": 0, **options}
-    return list(data.batches(dataset or make(), **options))
+def collect(dataset=None, seed=0, epoch=0, step=0, **form):
+    batches = data.TrainingBatches(dataset or make(), **{"batch_size": 5, **form})
+    batches.start(seed=seed, epoch=epoch, step=step)
+    return [batches.draw(batches.count(s)) for s in range(step, batches.steps)]
 
 
 def plan(n=4000, **options):
@@ -77,7 +78,7 @@ def test_seed_and_epoch_decide_everything():
     first = plan(seed=1, epoch=2)
     torch.manual_seed(99)  # the global generator plays no part
     again = plan(seed=1, epoch=2)
-    assert all(torch.equal(a, b) for a, b in zip(vars(first).values(), vars(again).values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -96,6 +97,15 @@ def test_pairs_of_seed_and_epoch_do_not_collide(one, other):
     assert not torch.equal(first.offsets, second.offsets)
 
 
+def test_what_a_captured_step_reads_stays_at_its_address():
+    batches = data.TrainingBatches(make(), batch_size=5)
+    before = [x.data_ptr() for x in (*batches._plan, batches.step)]
+    batches.start(seed=1, epoch=2)
+    batches.draw(5)
+    batches.start(seed=1, epoch=3)
+    assert [x.data_ptr() for x in (*batches._plan, batches.step)] == before
+
+
 def test_drawing_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     collect()
@@ -104,7 +114,7 @@ def test_drawing_leaves_the_global_generator_alone():
 
 @pytest.mark.parametrize("start", [0, 1, 3, 4, 5])
 def test_start_step_gives_the_tail_bit_for_bit(start):
-    whole, tail = collect(seed=7, epoch=3), collect(seed=7, epoch=3, start_step=start)
+    whole, tail = collect(seed=7, epoch=3), collect(seed=7, epoch=3, step=start)
     assert len(tail) == 5 - start
     for (images, labels), (tail_images, tail_labels) in zip(whole[start:], tail, strict=True):
         assert torch.equal(images, tail_images)
@@ -114,7 +124,7 @@ def test_start_step_gives_the_tail_bit_for_bit(start):
 @pytest.mark.parametrize("start", [-1, 6])
 def test_start_step_outside_the_epoch(start):
     with pytest.raises(InputError, match=rf"start step must be in 0\.\.5, .* got {start}"):
-        data.batches(make(), batch_size=5, seed=0, epoch=0, start_step=start)
+        data.TrainingBatches(make(), batch_size=5).start(seed=0, epoch=0, step=start)
 
 
 @pytest.mark.parametrize("batch_size", [0, -3])
@@ -122,8 +132,8 @@ def test_batch_size_below_one_is_refused_before_iteration(batch_size):
     dataset = make()
     calls = [
         lambda: data.steps_per_epoch(10, batch_size),
-        lambda: data.batches(dataset, batch_size=batch_size, seed=0, epoch=0),
-        lambda: data.evaluation_batches(dataset.test, mean=dataset.mean, std=dataset.std, batch_size=batch_size),
+        lambda: data.TrainingBatches(dataset, batch_size=batch_size),
+        lambda: data.EvaluationBatches(dataset.test, mean=dataset.mean, std=dataset.std, batch_size=batch_size),
     ]
     for call in calls:
         with pytest.raises(InputError, match=f"batch size must be at least 1, got {batch_size}"):
@@ -134,7 +144,10 @@ def test_batch_size_below_one_is_refused_before_iteration(batch_size):
 def test_evaluation_shows_all_images_in_order(memory_format):
     dataset = make()
     options = {"mean": dataset.mean, "std": dataset.std, "batch_size": 10, "memory_format": memory_format}
-    batches = list(data.evaluation_batches(dataset.test, dtype=torch.float64, **options))
+    source = data.EvaluationBatches(dataset.test, dtype=torch.float64, **options)
+    for _ in range(2):  # a second round is the first again
+        source.start()
+        batches = [source.draw(count) for count in source.counts]
     assert [len(labels) for _, labels in batches] == [10, 10, 3]
     assert torch.cat([labels for _, labels in batches]).tolist() == list(range(COUNT))
     wanted = (dataset.test.images.permute(0, 3, 1, 2).double() / 255 - 0.5) / 0.25

@@ -49,6 +49,7 @@ CHANGES_WEIGHTS = {
     "wrn_last_norm_momentum": ("--model wrn10_1 --wrn-last-norm-momentum 0.1", "--model wrn10_1"),
     "amp": ("--amp bf16", ""),
     "val_fraction": ("--val-fraction 0.25", ""),
+    "val_seed": ("--val-fraction 0.25 --val-seed 3", "--val-fraction 0.25"),
 }
 # Options with a test of their own below, or in the file named.
 HAS_OWN_TEST = {
@@ -60,6 +61,10 @@ HAS_OWN_TEST = {
     "download": "below",
     "channels_last": "below",
     "ema": "below",
+    "mode": "test_modes.py",
+    "tf32": "test_modes.py",
+    "strategy": "test_strategies.py",
+    "replicas": "test_replicas.py",
     "device": "below",
     "out": "test_run.py",
     "resume": "test_resume.py",
@@ -117,11 +122,11 @@ def test_init_starts_one_network_or_all(train, tmp_path):
         return state[f"{network}.conv1.weight"]
 
     leader = train(*frozen.split(), "--init", f"leader={tmp_path / 'start.pt'}", out="leader")
-    assert torch.equal(conv1(leader, "leader"), start["conv1.weight"])
-    assert not torch.equal(conv1(leader, "common_students.0"), start["conv1.weight"])
+    assert torch.equal(conv1(leader, "peers.2"), start["conv1.weight"])
+    assert not torch.equal(conv1(leader, "peers.0"), start["conv1.weight"])
 
     every = train(*frozen.split(), "--init", tmp_path / "start.safetensors", out="all")
-    names = ("leader", "common_students.0", "common_students.1")
+    names = ("peers.2", "peers.0", "peers.1")  # the leader is the last one
     assert all(torch.equal(conv1(every, name), start["conv1.weight"]) for name in names)
 
     file = tmp_path / "start.pt"
@@ -134,18 +139,20 @@ def test_ema_is_evaluated_and_deployed(train):
     run = train("--ema", "0.9", "--epochs", "3")
     state = load(run.path / "checkpoint.pt")
     deployed = run.weights("leader")
-    assert torch.equal(deployed["conv1.weight"], state["ema"]["module.leader.conv1.weight"])
-    assert not torch.equal(deployed["conv1.weight"], state["method"]["leader.conv1.weight"])
+    assert torch.equal(deployed["conv1.weight"], state["ema"]["peers.2.conv1.weight"])
+    assert not torch.equal(deployed["conv1.weight"], state["method"]["peers.2.conv1.weight"])
 
 
 def test_ema_follows_its_decay(train):
-    # After the first of two steps the average is a copy; after the second it is d * first + (1 - d) * second.
+    # From the initial weights, after each of two steps: a <- d a + (1 - d) w.
     options = "--method independent --students 1 --lr 0.01 --epochs 1"
+    start = train(*options.split(), "--lr", 1e-30, "--batch-size", 60, out="start").weights("student0")
     first = train(*options.split(), "--batch-size", 60, out="plain").weights("student0")
     both = train(*options.split(), "--epochs", 2, "--batch-size", 60, "--milestones", 9, out="two").weights("student0")
     ema = "--ema 0.75 --milestones 9"
     averaged = train(*options.split(), *ema.split(), "--epochs", 2, "--batch-size", 60, out="ema").weights("student0")
-    expected = 0.75 * first["fc.weight"] + 0.25 * both["fc.weight"]
+    after_one = 0.75 * start["fc.weight"] + 0.25 * first["fc.weight"]
+    expected = 0.75 * after_one + 0.25 * both["fc.weight"]
     torch.testing.assert_close(averaged["fc.weight"], expected, rtol=1e-5, atol=1e-7)
 
 

@@ -44,6 +44,8 @@ from fastfuse.train.checkpoint import load
         ("--schedule step", ["--schedule", "multistep"]),
         ("--milestones 5 3", ["--milestones"]),
         ("--amp fp8", ["--amp", "bf16"]),
+        ("--mode graph", ["--mode", "graphed"]),
+        ("--strategy group", ["--strategy", "grouped"]),
         ("--diversity-mode code", ["--diversity-mode", "published"]),
         ("--device tpu", ["--device"]),
         ("--max-time 0", ["--max-time"]),

@@ -170,5 +170,5 @@ def test_a_checkpoint_carries_everything(train):
     assert expected <= state.keys()
     assert {"epoch", "step", "history", "best", "seconds"} <= state["position"].keys()
     assert {"fastfuse", "torch", "python", "commit"} <= state["versions"].keys()
-    momenta = [s for s in state["optimizers"][0]["state"].values() if "momentum_buffer" in s]
-    assert len(momenta) == len(state["optimizers"][0]["state"]) > 0
+    momenta = [s for s in state["optimizers"][0].values() if "momentum_buffer" in s]
+    assert len(momenta) == len(state["optimizers"][0]) > 0

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from fastfuse import cli, data, models
 from fastfuse.methods import METHODS, build_method
 from fastfuse.train.checkpoint import load
-from fastfuse.train.evaluate import evaluate
+from fastfuse.train.evaluate import Evaluator
 
 DEPLOYED = {"ffsd": "leader", "ffl": "student0", "independent": "student0", "dml": "student0"}
 HEADS = {
@@ -60,10 +60,9 @@ def test_the_deployed_network_is_the_plain_network(train, tiny_npz, method):
         plain = models.build("resnet8", 3)
         plain.load_state_dict(load_file(run.path / f"{DEPLOYED[method]}{file}.safetensors"), strict=True)
         plain.eval()
-        (images, labels), *rest = data.evaluation_batches(
-            dataset.test, mean=dataset.mean, std=dataset.std, batch_size=100
-        )
-        assert not rest
+        batches = data.EvaluationBatches(dataset.test, mean=dataset.mean, std=dataset.std, batch_size=100)
+        images, labels = batches.draw(30)
+        assert batches.counts == [30]
         with torch.no_grad():
             right = (plain(images).logits.argmax(1) == labels).float().mean().item()
         assert 100 * right == pytest.approx(run.summary["networks"][DEPLOYED[method]][expected], abs=1e-4)
@@ -133,8 +132,21 @@ class Fixed(torch.nn.Module):
     def predict(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         return {name: row[images.long()] for name, row in self.logits.items()}
 
-    def students(self) -> list[str]:
-        return self.names
+    def ensembles(self) -> dict[str, list[str]]:
+        return {"": self.names}
+
+
+class Numbers(data.EvaluationBatches):
+    """Batches of ten whose images are their own numbers."""
+
+    def __init__(self, labels: torch.Tensor) -> None:
+        split = data.Split(torch.arange(len(labels)), labels)
+        super().__init__(split, mean=torch.zeros(3), std=torch.ones(3), batch_size=10)
+
+    def draw(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = self._rows[:count] + self._next
+        self._next += count
+        return self.split.images[rows], self.split.labels[rows]
 
 
 def test_accuracies_ensemble_and_oracle_are_counted_right():
@@ -143,8 +155,8 @@ def test_accuracies_ensemble_and_oracle_are_counted_right():
     generator = torch.Generator().manual_seed(3)
     rows = {name: torch.randn(41, 7, generator=generator) for name in ("student0", "student1", "leader")}
     labels = torch.randint(0, 7, (41,), generator=generator)
-    batches = zip(torch.arange(41).split(10), labels.split(10), strict=True)
-    found = evaluate(Fixed(rows, ["student0", "student1"]), batches, nullcontext)
+    evaluator = Evaluator(Fixed(rows, ["student0", "student1"]), Numbers(labels), nullcontext)
+    assert evaluator() == (found := evaluator())  # counts start at zero each time
 
     def top(row, k):
         return [int(label) in row[i].argsort(descending=True)[:k].tolist() for i, label in enumerate(labels)]
@@ -163,7 +175,7 @@ def test_top5_of_few_classes_is_the_best_k_and_one_student_has_no_ensemble():
     from contextlib import nullcontext
 
     rows = {"student0": torch.randn(9, 3)}
-    found = evaluate(Fixed(rows, ["student0"]), [(torch.arange(9), torch.arange(9) % 3)], nullcontext)
+    found = Evaluator(Fixed(rows, ["student0"]), Numbers(torch.arange(9) % 3), nullcontext)()
     assert found.keys() == {"student0"} and found["student0"]["top5"] == 100.0
 
 
@@ -181,4 +193,4 @@ def test_a_fresh_method_depends_on_the_seed_alone(train):
     first = load(train("--lr", "1e-30", "--weight-decay", "0", out="a").path / "checkpoint.pt")["method"]
     torch.manual_seed(0)
     method = build_method("ffsd", model="resnet8", students=2, num_classes=3)
-    assert torch.equal(first["leader.conv1.weight"], method.leader.conv1.weight)
+    assert torch.equal(first["peers.2.conv1.weight"], method.peers[-1].conv1.weight)

@@ -1,0 +1,160 @@
+"""Several independent runs of one method, which differ in their seeds, trained in one pass."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastfuse.errors import InputError
+from fastfuse.losses import ParameterGroups
+from fastfuse.methods.base import Method, MethodOutput
+from fastfuse.nn import Networks
+
+
+class Replicas(Method):
+    """R methods whose networks run together; none sees another, and each one's update is that of a run of its own.
+
+    Once arranged, `peers` holds the networks of all, those of the first replica first, and each method has a share of
+    it. Everything with a name, such as a term or a head, has the replica's name before its own: "seed3/leader".
+
+    Args:
+        methods: alike but for their weights; those without networks side by side (`peers`) run one after another.
+        names: of the replicas.
+    """
+
+    def __init__(self, methods: Sequence[Method], names: Sequence[str]) -> None:
+        super().__init__()
+        self.methods = nn.ModuleList(methods)
+        self.names = list(names)
+        self.name, self.minimum_students, self.deployed = (
+            getattr(methods[0], attribute) for attribute in ("name", "minimum_students", "deployed")
+        )
+
+    def arrange(self, strategy: str) -> str:
+        """See `Method.arrange`."""
+        if isinstance(getattr(self, "peers", None), Networks):
+            return self.peers.arrange(strategy, replicas=len(self.methods))
+        own = [getattr(method, "peers", None) for method in self.methods]
+        if not all(isinstance(peers, Networks) for peers in own):
+            return self.methods[0].arrange(strategy)
+        peers = Networks(network for networks in own for network in networks)
+        chosen = peers.arrange(strategy, replicas=len(self.methods))
+        self.peers = peers
+        for r, method in enumerate(self.methods):
+            method.peers = Share(peers, r * len(own[r]), len(own[r]))
+        return chosen
+
+    def outputs(self, images: Tensor) -> Sequence[Any]:
+        """What the networks of each replica give; images [B, R 3, H, W]."""
+        if not hasattr(self, "peers"):
+            each = images.chunk(len(self.methods), 1)
+            return [method.outputs(batch) for method, batch in zip(self.methods, each, strict=True)]
+        found = self.peers(images)
+        shares = [method.peers for method in self.methods]
+        return [found[share.start : share.start + len(share)] for share in shares]
+
+    def losses(self, outputs: Sequence[Any], labels: Tensor, progress: Tensor) -> MethodOutput:
+        """See `Method.losses`; labels [R, B]. The loss is the sum of the replicas', of which each is a term."""
+        logits, terms, total = {}, {}, []
+        for name, method, own, its_labels in zip(self.names, self.methods, outputs, labels.unbind(0), strict=True):
+            found = method.losses(own, its_labels, progress)
+            total.append(found.loss)
+            logits |= {f"{name}/{head}": rows for head, rows in found.logits.items()}
+            terms |= {f"{name}/loss": found.loss.detach()}
+            terms |= {f"{name}/{term}": value for term, value in found.terms.items()}
+        return MethodOutput(torch.stack(total).sum(), logits, terms)
+
+    def predict(self, images: Tensor) -> dict[str, Tensor]:
+        """See `Method.predict`; every replica sees the same images [B, 3, H, W]."""
+        return self.heads(self.outputs(images.repeat(1, len(self.methods), 1, 1)))
+
+    def heads(self, outputs: Sequence[Any]) -> dict[str, Tensor]:
+        """See `Method.heads`."""
+        each = zip(self.names, self.methods, outputs, strict=True)
+        return {f"{name}/{head}": rows for name, method, own in each for head, rows in method.heads(own).items()}
+
+    def networks(self) -> dict[str, nn.Module]:
+        """See `Method.networks`."""
+        each = zip(self.names, self.methods, strict=True)
+        return {f"{name}/{own}": network for name, method in each for own, network in method.networks().items()}
+
+    def students(self) -> list[str]:
+        """All heads that are students of some replica."""
+        return [student for students in self.ensembles().values() for student in students]
+
+    def ensembles(self) -> dict[str, list[str]]:
+        """See `Method.ensembles`: one for each replica."""
+        each = zip(self.names, self.methods, strict=True)
+        return {f"{name}/": [f"{name}/{student}" for student in method.students()] for name, method in each}
+
+    def parameter_groups(self, **settings: Any) -> ParameterGroups:
+        """See `Method.parameter_groups`."""
+        own = [method.parameter_groups(**settings) for method in self.methods]
+        if hasattr(self, "peers"):
+            # The first group of a method is that of its networks, of which a share has no parameters.
+            own[0].sgd[0]["params"] = list(self.peers.parameters())
+        return ParameterGroups(*(_merged([g for groups in kind for g in groups]) for kind in zip(*own, strict=True)))
+
+    def deployed_states(self) -> dict[str, dict[str, Tensor]]:
+        """See `Method.deployed_states`: one for each replica."""
+        each = zip(self.names, self.methods, strict=True)
+        return {f"{name}/{method.deployed}": method.deployed_state() for name, method in each}
+
+    def deployed_state(self) -> dict[str, Tensor]:
+        """Refused: there are as many deployed networks as replicas.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError("replicas deploy a network each: take deployed_states()")
+
+    def own(self, replica: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What belongs to one replica in a mapping by parameter, such as a state dict, by the names of a single run."""
+        share = getattr(self.methods[replica], "peers", None)
+        found = {}
+        for name, value in values.items():
+            start, _, rest = name.partition(".")
+            index, _, inner = rest.partition(".")
+            if start == "methods" and int(index) == replica:
+                found[inner] = value
+            elif start == "peers" and share.start <= int(index) < share.start + len(share):
+                found[f"peers.{int(index) - share.start}.{inner}"] = value
+        return found
+
+
+class Share(nn.Module):
+    """Some of the networks that others hold and run; it has no parameters itself.
+
+    Args:
+        networks: all of them.
+        start: the first of this share.
+        count: how many.
+    """
+
+    def __init__(self, networks: Networks, start: int, count: int) -> None:
+        super().__init__()
+        self.start, self._count = start, count
+        self._all = (networks,)  # in a tuple, so that it is no submodule
+
+    def __len__(self) -> int:
+        return self._count
+
+    def state_of(self, index: int) -> dict[str, Tensor]:
+        """See `Networks.state_of`."""
+        return self._all[0].state_of(self.start + range(self._count)[index])
+
+
+def _merged(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups of equal settings as one, so that updates do not grow in number with the replicas."""
+    merged: list[dict[str, Any]] = []
+    for group in groups:
+        settings = {key: value for key, value in group.items() if key != "params"}
+        parameters = list(group["params"])
+        for other in merged:
+            if {key: value for key, value in other.items() if key != "params"} == settings:
+                other["params"] += parameters
+                break
+        else:
+            merged.append({**settings, "params": parameters})
+    return [group for group in merged if group["params"]]

@@ -1,0 +1,110 @@
+"""Engines on a toy data set, and whether two of them take the same steps."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastfuse import data
+from fastfuse.data.dataset import Dataset, Split
+from fastfuse.methods import build_method
+from fastfuse.testing import assert_within_budget
+from fastfuse.train.average import MovingAverage
+from fastfuse.train.engine import Engine
+from fastfuse.train.optim import build_optimizers
+from fastfuse.train.step import TrainStep
+from fastfuse.train.terms import TermLog
+
+COUNT, BATCH = 11, 4  # the last batch of three is smaller
+
+
+def dataset() -> Dataset:
+    """Eleven images of 8x8 in five classes."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (COUNT, 8, 8, 3), generator=generator, dtype=torch.uint8)
+    split = Split(images, torch.arange(COUNT) % 5)
+    return Dataset("toy", split, split, None, tuple("abcde"), torch.full((3,), 0.5), torch.full((3,), 0.25), 1, True)
+
+
+def make(
+    name: str,
+    *,
+    amp: str = "off",
+    ema: float = 0.0,
+    graphed: bool = False,
+    compiled: bool = False,
+    strategy: str = "loop",
+    device: str = "cpu",
+) -> Engine:
+    """An engine at the start of a run, of the same weights and images each time."""
+    torch.manual_seed(0)
+    method = build_method(name, model="resnet8", students=2, num_classes=5).to(device).train()
+    method.arrange(strategy)
+    step = TrainStep(method, build_optimizers(method, lr=0.02), amp=amp, compiled=compiled)
+    batches = data.TrainingBatches(dataset().to(device), batch_size=BATCH, memory_format=step.memory_format)
+    average = MovingAverage(method, ema) if ema else None
+    return Engine(step, batches, TermLog(50, device), average=average, graphed=graphed)
+
+
+def run_epoch(engine: Engine, epoch: int = 0, after_step: Callable[[], None] = lambda: None, *, seed: int = 0) -> None:
+    """Three steps, at falling rates."""
+    engine.start_epoch(seed=seed, epoch=epoch, step=0, factors=[1.0, 0.5, 0.25])
+    for step in range(engine.batches.steps):
+        engine.run(step)
+        engine.terms.count(epoch=epoch, step=step, images=engine.batches.count(step))
+        after_step()
+
+
+def state_of(engine: Engine) -> dict[str, Tensor]:
+    """Copies of all weights, statistics and optimizer states, by the same names whatever the strategy."""
+    found = dict(engine.step.method.state_dict())
+    for i, own in enumerate(engine.step.optimizers.state_dict()):
+        found |= {f"{i}/{name}/{key}": value for name, state in own.items() for key, value in state.items()}
+    return {name: x.detach().clone() for name, x in found.items()}
+
+
+def put(engine: Engine, state: dict[str, Tensor]) -> None:
+    """Give an engine what `state_of` found; its memory stays where it is."""
+    method = engine.step.method
+    method.load_state_dict({name: state[name] for name in method.state_dict()})
+    held: list[dict[str, dict[str, Tensor]]] = [{} for _ in engine.step.optimizers.optimizers]
+    for name, value in state.items():
+        if "/" in name:
+            i, parameter, key = name.split("/")
+            held[int(i)].setdefault(parameter, {})[key] = value
+    engine.step.optimizers.load_state_dict(held)
+
+
+def agree_over_20_steps(eager: Engine, other: Engine, what: str) -> None:
+    """Every step starts from the eager run's state; its terms and its update stay within the error budget."""
+    exact = make_exact(eager)
+    for number in range(20):
+        epoch, step = divmod(number, 3)
+        start = state_of(eager)
+        put(exact, start)
+        put(other, start)
+        results = []
+        for engine in (other, exact, eager):
+            engine.start_epoch(seed=0, epoch=epoch, step=step, factors=[1.0] * 3)
+            engine.run(step)
+            engine.terms.count(epoch=epoch, step=step, images=1)
+            row = engine.terms._buffer[0].clone()
+            engine.terms.flush()
+            after = state_of(engine)
+            changes = [after[name].double() - before.double() for name, before in start.items()]
+            results.append([row, torch.cat([c.flatten() for c in changes]).to(row.dtype)])
+        for part, (ours, truth, theirs) in zip(("terms", "changes"), zip(*results, strict=True), strict=True):
+            assert_within_budget(ours, truth, theirs, what=f"{what}, step {number}: {part}")
+
+
+def make_exact(engine: Engine) -> Engine:
+    """The same in float64."""
+    method = copy.deepcopy(engine.step.method).double()
+    step = TrainStep(method, build_optimizers(method, lr=0.02))
+    batches = data.TrainingBatches(
+        engine.batches.dataset, batch_size=BATCH, dtype=torch.float64, memory_format=step.memory_format
+    )
+    exact = Engine(step, batches, TermLog(50, engine.progress.device))
+    exact.progress = exact.progress.double()
+    return exact

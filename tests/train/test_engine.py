@@ -1,0 +1,208 @@
+"""The whole step on the device: what it may touch, where its state lies, and that every mode trains the same."""
+
+import copy
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastfuse import data
+from fastfuse.methods import METHODS, build_method
+from fastfuse.train.evaluate import Evaluator
+from fastfuse.train.optim import build_optimizers
+from tests.train.engines import BATCH, COUNT, make, run_epoch
+
+WAITS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "_to_copy"}
+
+
+class Seen(TorchDispatchMode):
+    """Names of the operators of whatever runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        # A change of dtype is work; a change of device would wait.
+        if name != "_to_copy" or (kwargs or {}).get("device", args[0].device) != args[0].device:
+            self.names.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+FORMS = {
+    "float32": {},
+    "bfloat16": {"amp": "bf16"},
+    "loss scaling and averaged weights": {"amp": "fp16", "ema": 0.9},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", METHODS)
+def test_no_step_reads_a_value_on_the_host(name: str, form: str) -> None:
+    engine = make(name, **FORMS[form])
+    engine.start_epoch(seed=0, epoch=3, step=0, factors=[1.0] * 3)
+    for step in range(3):
+        with Seen() as seen:
+            engine.run(step)
+        assert seen.names & WAITS == set(), f"step {step}"
+        assert "_fused_sgd_" in seen.names
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_that_lives_on_moves(name: str, form: str) -> None:
+    engine = make(name, **FORMS[form])
+    addresses = [[x.data_ptr() for x in engine.tensors()]]
+    run_epoch(engine, after_step=lambda: addresses.append([x.data_ptr() for x in engine.tensors()]))
+    run_epoch(engine, 1, after_step=lambda: addresses.append([x.data_ptr() for x in engine.tensors()]))
+    assert len(addresses) == 7 and all(found == addresses[0] for found in addresses)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", METHODS)
+def test_the_state_is_all_that_a_step_changes(name: str, form: str) -> None:
+    """What `tensors` leaves out would not be put back after a capture's warm-up: the same state gives the same step."""
+    engine = make(name, **FORMS[form])
+    engine.start_epoch(seed=0, epoch=3, step=0, factors=[1.0] * 3)
+    engine.run(0)
+    before = [x.detach().clone() for x in engine.tensors()]
+    engine.run(1)
+    after = [x.detach().clone() for x in engine.tensors()]
+    with torch.no_grad():
+        for x, saved in zip(engine.tensors(), before, strict=True):
+            x.copy_(saved)
+    engine.run(1)
+    assert all(torch.equal(x, wanted) for x, wanted in zip(engine.tensors(), after, strict=True))
+    assert not all(torch.equal(x, wanted) for x, wanted in zip(engine.tensors(), before, strict=True))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_state_made_beforehand_changes_no_update(name: str) -> None:
+    """The first step of optimizers that make their state themselves is the recorded program's."""
+    torch.manual_seed(0)
+    method = build_method(name, model="resnet8", students=2, num_classes=5).train()
+    early, late = (copy.deepcopy(method).to(memory_format=torch.channels_last) for _ in range(2))
+    prepared, fresh = build_optimizers(early), build_optimizers(late)
+    prepared.create_state()
+    assert all(not x.any() for x in prepared.tensors()[1:])
+    for _ in range(3):
+        for parameters, optimizers in ((early.parameters(), prepared), (late.parameters(), fresh)):
+            generator = torch.Generator().manual_seed(1)
+            for p in parameters:
+                p.grad = torch.randn(p.shape, generator=generator).to(memory_format=torch.preserve_format)
+            optimizers.step()
+    for ours, theirs in zip(early.parameters(), late.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_rates_follow_the_table_and_keep_their_memory() -> None:
+    engine = make("ffsd")
+    seen = []
+    address = engine.step.optimizers.rates.data_ptr()
+    run_epoch(engine, after_step=lambda: seen.append(engine.step.optimizers.rates.clone()))
+    initial = engine.step.optimizers.initial
+    assert torch.equal(torch.stack(seen), initial * torch.tensor([1.0, 0.5, 0.25])[:, None])
+    groups = [g for optimizer in engine.step.optimizers.optimizers for g in optimizer.param_groups]
+    assert groups[0]["lr"].data_ptr() == address
+    assert [float(g["lr"]) for g in groups] == engine.step.optimizers.rates.tolist()
+
+
+class Recorded:
+    """Stands in for a CUDA graph: it keeps the function, and a replay calls it."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.function()
+
+    def pool(self) -> tuple[int, int]:
+        return (0, 1)
+
+
+@pytest.fixture
+def recorded_graphs(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
+    """CUDA graphs on a CPU: as on a GPU, a capture runs nothing and a replay repeats the captured calls."""
+    graphs: list[Recorded] = []
+
+    class Stream:
+        def wait_stream(self, other: object) -> None:
+            pass
+
+    @contextmanager
+    def nothing(*_: object, **__: object) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def graph(recorded: Recorded, pool: object) -> Iterator[None]:
+        # The work of the capture is undone, since a real one only notes it.
+        saved = [(x, x.detach().clone()) for x in recorded.state()]
+        graphs.append(recorded)
+        yield
+        with torch.no_grad():
+            for x, before in saved:
+                x.copy_(before)
+
+    from fastfuse.train import graph as module
+
+    original = module.Captured.__init__
+
+    def init(self, function, state, pool=None):
+        made = Recorded()
+        made.function, made.state = function, state
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made)
+        original(self, function, state, pool)
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", nothing)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(module.Captured, "__init__", init)
+    return graphs
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", METHODS)
+def test_warming_up_and_replaying_a_graph_is_training(name: str, form: str, recorded_graphs: list[Recorded]) -> None:
+    """Everything of the graphed mode but CUDA itself: warm-up leaves no trace, a last smaller batch has its graph."""
+    graphed, eager = make(name, graphed=True, **FORMS[form]), make(name, **FORMS[form])
+    for epoch in range(2):
+        run_epoch(graphed, epoch)
+        run_epoch(eager, epoch)
+    assert [graph.replays for graph in recorded_graphs] == [4, 2]  # batches of four, and the last one of three
+    for ours, theirs in zip(graphed.tensors(), eager.tensors(), strict=True):
+        assert torch.equal(ours, theirs)
+    for engine in (graphed, eager):
+        engine.terms.flush()
+    assert graphed.terms.sums == eager.terms.sums and graphed.terms.images == 2 * COUNT
+
+
+def test_an_evaluation_replayed_counts_the_same(recorded_graphs: list[Recorded]) -> None:
+    found = []
+    for graphed in (False, True):
+        engine = make("ffsd")
+        split = engine.batches.dataset
+        batches = data.EvaluationBatches(split.test, mean=split.mean, std=split.std, batch_size=BATCH)
+        evaluator = Evaluator(engine.step.method, batches, nullcontext, graphed=graphed)
+        run_epoch(engine)
+        found.append([evaluator(), evaluator()])
+        assert engine.step.method.training
+    assert found[0] == found[1] and found[0][0] == found[0][1]
+    assert [graph.replays for graph in recorded_graphs] == [4, 2]
+
+
+@pytest.mark.parametrize("name", ["independent", "ffl"])
+def test_a_method_compiles_as_one_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced forward and backward without a break, without the minutes that a compiler takes."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    traced, eager = make(name, compiled=True), make(name)
+    run_epoch(traced)
+    run_epoch(eager)
+    pairs = zip(traced.tensors(), eager.tensors(), strict=True)
+    worst = max(float((a - b).detach().abs().max()) for a, b in pairs)
+    assert worst < 1e-5
