@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from rich.console import Console
@@ -17,9 +19,12 @@ from rich.table import Table
 
 from fastfuse import info
 from fastfuse.errors import InputError
+from fastfuse.nn.strategy import device_key
 from fastfuse.train.files import write_atomic
 
 Value = str | int | float
+# Stands where a figure does not exist or was not measured.
+MISSING = "-"
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Report:
         environment: where it ran, from `environment`.
         columns: table heading by key of `rows`, in the order of the table.
         rows: one per provider and case; keys beyond `columns` go to the files only.
-        ratios: median over median, by "baseline/other".
+        ratios: median over median, by what is divided, "baseline/other" with its case where there are several.
         samples_ms: every sample of every provider, in the order of the turns.
         warnings: why the figures may not be believed; empty where nothing is wrong with them.
     """
@@ -48,29 +53,40 @@ class Report:
 
 
 def environment(device: torch.device) -> dict[str, Value]:
-    """Device, software, threads and commit of this run."""
+    """Device, software, threads, load of the machine and commit of this run."""
     return {
         "device": info.device_name(device),
+        "device_key": device_key(device),
         "torch": torch.__version__,
+        "triton": info.versions()["triton"] or "none",
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
         "commit": info.commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def show(report: Report) -> None:
-    """Print the table and one line for each ratio; warnings go to the standard error."""
-    console = Console()
+def show(report: Report, *, since: int = 0, table_to: TextIO | None = None) -> None:
+    """Print the table and one line for each ratio; warnings go to the standard error.
+
+    Args:
+        report: finished, or as far as it has come.
+        since: rows that were shown before.
+        table_to: where all but the ratios go; the standard output if None.
+    """
+    rows = report.rows[since:]
+    console = Console(file=table_to)
     if not console.is_terminal:  # a file has no right edge
-        console = Console(width=220)
+        console = Console(width=260, file=table_to)
     named = {**report.settings, **report.environment}
     console.print(", ".join(f"{key} {value}" for key, value in named.items()), highlight=False, soft_wrap=True)
     table = Table()
-    for heading in report.columns.values():
+    keys = [key for key in report.columns if any(row[key] != MISSING for row in rows)]
+    for heading in (report.columns[key] for key in keys):
         table.add_column(heading, justify="left" if heading == "provider" else "right", no_wrap=True)
-    for row in report.rows:
-        table.add_row(*(_cell(row[key]) for key in report.columns))
+    for row in rows:
+        table.add_row(*(_cell(row[key]) for key in keys))
     console.print(table)
     for pair, ratio in report.ratios.items():
         print(f"ratio {pair}: {ratio:.2f}")

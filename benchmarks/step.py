@@ -1,32 +1,31 @@
 """Suite "step": one FFSD training step on a batch that already lies on the device."""
 
 import argparse
+import gc
 import math
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
 
+from benchmarks import figures, roofline, selection
 from benchmarks.counting import count_step
-from benchmarks.published import PublishedFFSD
-from benchmarks.report import Report, Value, environment, ratios
+from benchmarks.counting_gpu import count_on_gpu
+from benchmarks.programs import IMAGE_SIZE, Case, Prepared, Start, prepare
+from benchmarks.report import MISSING, Report, Value, environment
+from benchmarks.selection import Program
 from benchmarks.timing import Timing, measure_in_turn
-from fastfuse.errors import NonFiniteLossError
-from fastfuse.methods import Method, build_method
+from fastfuse.errors import InputError, NonFiniteLossError
 from fastfuse.train.build import pick_device
-from fastfuse.train.optim import build_optimizers
-from fastfuse.train.step import TrainStep
+from fastfuse.train.modes import pick_amp
+from fastfuse.train.step import AMP_DTYPES
 
-CLASSES = 100
-IMAGE_SIZE = 32
-LR = 0.1
-# Past the ramp of the lambdas: all terms at full weight.
-EPOCH = 10
 WARMUP_CALLS = {"cpu": 1, "cuda": 10}
 CALLS_PER_TURN = {"cpu": 1, "cuda": 20}
-# Same weights and batch, float32 forward only: rounding is 1e-6, a missing term or another weight is far above this.
-AGREEMENT = 1e-3
 COLUMNS = {
+    "model": "model",
+    "students": "S",
     "provider": "provider",
     "median_ms": "median ms",
     "p20_ms": "p20",
@@ -34,110 +33,187 @@ COLUMNS = {
     "images_per_s": "images/s",
     "ops": "ops",
     "waits": "host waits",
+    "kernels": "kernels",
+    "launches": "launches",
+    "peak_mb": "peak MB",
+    "published_ratio": "x published",
+    "published_amp_ratio": "x published-amp",
+    "compile_ratio": "x compile",
+    "distillation_share": "distillation",
+    "of_roofline": "of roofline",
+    "ready_s": "ready s",
 }
 
-# One step; gives the sum of all losses before its update, 0-d or a number.
-Step = Callable[[], Tensor | float]
 
+def run(options: argparse.Namespace) -> Iterator[Report]:
+    """Measure the programs of each model and number of students in turn; `options` as parsed by `benchmarks/run.py`.
 
-def run(options: argparse.Namespace) -> Report:
-    """Measure both providers in turn; `options` as parsed by `benchmarks/run.py`.
+    Gives the report as it grows, after each case, so that a run that is cut short has said what it had.
 
     Raises:
-        InputError: an unknown model or device, or CUDA where there is none.
-        NonFiniteLossError: a provider diverged, so that its times mean nothing.
-        AssertionError: from the same weights the providers do not compute the same loss; nothing is measured then.
+        InputError: an unknown name, a device, mode or strategy that is not here, or more than --quick can measure.
+        NonFiniteLossError: a program diverged, so that its times mean nothing.
+        AssertionError: a program does not compute the published losses; it is not measured then.
     """
     device = pick_device(options.device)
-    steps = _providers(options.model, options.students, options.batch_size, device)
-    _same_loss(steps)
-    warmup = 0 if options.quick else WARMUP_CALLS[device.type]
-    calls = 1 if options.quick else CALLS_PER_TURN[device.type]
-    timings = measure_in_turn(steps, repeats=options.repeats, calls=calls, warmup=warmup, device=device)
-    settings = {
-        "suite": "step",
-        "model": options.model,
-        "students": options.students,
-        "batch_size": options.batch_size,
-        "dtype": "float32",
-        "repeats": options.repeats,
-        "calls_per_turn": calls,
-        "quick": options.quick,
-    }
-    stem = f"step_{options.model}_s{options.students}_b{options.batch_size}_{device.type}"
-    rows = [_row(name, step, timings[name], options.batch_size, device) for name, step in steps.items()]
-    medians = {name: timing.median for name, timing in timings.items()}
-    samples = {name: timing.samples_ms for name, timing in timings.items()}
-    doubts = _doubts(timings, options.quick)
-    return Report(stem, settings, environment(device), COLUMNS, rows, ratios(medians, "published"), samples, doubts)
+    programs, warnings = chosen(options, device)
+    models, missing = selection.models(options.model)
+    amp = pick_amp(options.amp, device)
+    rates = measured_rates(device, amp, options.repeats)
+    labels = {programs[-1]: "fastfuse"} if options.quick else {}
+    settings = {**described(options, "step", amp, device), **rates_described(rates)}
+    stem = f"step_{'+'.join(models)}_s{'+'.join(map(str, options.students))}_b{options.batch_size}_{amp}_{device.type}"
+    report = Report(stem, settings, environment(device), COLUMNS, [], {}, {}, [*missing, *warnings, *busy()])
+    cases = [Case(model, s, options.batch_size, amp, device) for model in models for s in options.students]
+    for case in cases:
+        prefix = f"{case.name} " if len(cases) > 1 else ""
+        made = prepared(case, programs, report.warnings, asked=options.strategies is not None)
+        _measure(case, made, labels, report, prefix, rates, options.repeats)
+        yield report
 
 
-def _providers(model: str, students: int, batch_size: int, device: torch.device) -> dict[str, Step]:
-    """Both providers, from the same weights, on the same batch of random normal images."""
-    torch.manual_seed(0)
-    images = torch.randn(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
-    labels = torch.randint(CLASSES, (batch_size,), device=device)
-    baseline = PublishedFFSD(model, students=students, num_classes=CLASSES, lr=LR, device=device)
-    method = build_method("ffsd", model=model, students=students, num_classes=CLASSES).to(device)
-    _copy_weights(baseline, method)
-    train_step = TrainStep(method, build_optimizers(method, lr=LR), amp="off")
-    # The engine counts finished epochs, the published program the current one.
-    progress = torch.tensor(float(EPOCH - 1), device=device)
-
-    def published() -> float:
-        return _loss(baseline.step(images, labels, epoch=EPOCH))
-
-    def fastfuse() -> Tensor:
-        return train_step(images, labels, progress).loss.detach()
-
-    return {"published": published, "fastfuse": fastfuse}
+def chosen(options: argparse.Namespace, device: torch.device) -> tuple[list[Program], list[str]]:
+    """The programs of a run and what to say about those left out."""
+    if options.quick:
+        form = selection.best_form(options.modes, options.strategies, device)
+        return [Program("published"), Program("fastfuse", form)], []
+    return selection.programs(options.providers, options.modes, options.strategies, device)
 
 
-def _copy_weights(baseline: PublishedFFSD, method: Method) -> None:
-    leader = baseline.networks["leader"]
-    for i in range(baseline.students):
-        method.common_students[i].load_state_dict(baseline.networks[f"student{i}"].state_dict())
-    state = leader.state_dict()
-    method.leader.load_state_dict({key: state[key] for key in state if not key.startswith("trans_fusion.")})
-    method.criterion.trans_fusion.load_state_dict(leader.trans_fusion.state_dict())
-    method.criterion.fusion.load_state_dict(baseline.networks["fusion"].state_dict())
-    for name, transform in method.criterion.transforms.items():
-        own = "transform_leader" if name == "leader" else name.replace("student", "transform")
-        transform.load_state_dict(baseline.networks[own].state_dict())
+def measured_rates(device: torch.device, amp: str, repeats: int) -> roofline.Rates | None:
+    """Of a GPU, in the precision of the run; None on a CPU, which has no roofline here."""
+    return roofline.measured_rates(device, AMP_DTYPES[amp] or torch.float32, repeats) if device.type == "cuda" else None
 
 
-def _loss(terms: dict[str, float | list[float]]) -> float:
-    summed = [value for name, value in terms.items() if name.endswith("_total") or name.startswith("transform_")]
-    return sum(sum(value) if isinstance(value, list) else value for value in summed)
-
-
-def _same_loss(steps: dict[str, Step]) -> None:
-    losses = {name: float(step()) for name, step in steps.items()}
-    wanted = losses["published"]
-    for name, loss in losses.items():
-        if not math.isclose(loss, wanted, rel_tol=AGREEMENT):
-            raise AssertionError(f"{name} computes a loss of {loss} where the published program has {wanted}")
-
-
-def _doubts(timings: dict[str, Timing], quick: bool) -> list[str]:
-    doubts = ["--quick measures too little for a claim"] if quick else []
-    if timings["published"].overlaps(timings["fastfuse"]):
-        doubts.append("the ranges p20 to p80 overlap: noise may explain this ratio; repeat on a quiet machine")
-    return doubts
-
-
-def _row(name: str, step: Step, timing: Timing, batch_size: int, device: torch.device) -> dict[str, Value]:
-    counts = count_step(step, device=device)
-    if not math.isfinite(float(step())):
-        raise NonFiniteLossError(
-            f"{name} diverged on random data, so its times mean nothing; use a larger --batch-size"
-        )
+def rates_described(rates: roofline.Rates | None) -> dict[str, Value]:
+    """For the settings of a report."""
+    if rates is None:
+        return {"copy_gb_per_s": "not measured", "matrix_tflop_per_s": "not measured"}
     return {
-        "provider": name,
-        "median_ms": timing.median,
-        "p20_ms": timing.quantile(0.2),
-        "p80_ms": timing.quantile(0.8),
-        "images_per_s": batch_size / timing.median * 1e3,
-        "ops": counts.ops,
-        "waits": counts.waits,
+        "copy_gb_per_s": round(rates.copy / 1e9, 1),
+        "matrix_tflop_per_s": round(rates.matrix / 1e12, 1),
     }
+
+
+def described(options: argparse.Namespace, suite: str, amp: str, device: torch.device) -> dict[str, Value]:
+    """What was asked for, for the settings of a report."""
+    return {
+        "suite": suite,
+        "batch_size": options.batch_size,
+        "amp": amp,
+        "repeats": options.repeats,
+        "calls_per_turn": CALLS_PER_TURN[device.type],
+        "quick": options.quick,
+        "device_type": device.type,
+    }
+
+
+def busy() -> list[str]:
+    """A warning if other work has the machine."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load < 0.25 * cores:
+        return []
+    return [f"the load was {load:.1f} on {cores} cores before the start: on a quiet machine the figures may be others"]
+
+
+def prepared(case: Case, programs: Sequence[Program], warnings: list[str], *, asked: bool) -> dict[Program, Prepared]:
+    """All programs of a case, ready to be timed; one line on the standard error for each.
+
+    Networks that cannot be stacked are an error if the strategies were `asked` for, otherwise a warning.
+    """
+    start = Start(case)
+    made = {}
+    for program in programs:
+        try:
+            one = made[program] = prepare(program, case, start)
+        except InputError as error:
+            if asked or program.form is None or program.form.strategy != "grouped":
+                raise
+            warnings.append(f"{case.name} {program} left out: {error}")
+            continue
+        name = Program(program.kind, one.form)
+        print(f"{case.name}: {name} is ready after {one.ready_s:.0f} s", file=sys.stderr, flush=True)
+    return made
+
+
+def timed(steps: Mapping[object, Prepared], device: torch.device, repeats: int) -> dict[object, Timing]:
+    """Of all in turn."""
+    calls = {key: one.step for key, one in steps.items()}
+    settings = {"calls": CALLS_PER_TURN[device.type], "warmup": WARMUP_CALLS[device.type], "device": device}
+    return measure_in_turn(calls, repeats=repeats, **settings)
+
+
+def counts(program: Program, one: Prepared, device: torch.device) -> dict[str, Value]:
+    """Operations, waits, kernels and launches of a step, where they can be seen, and that it still computes a loss."""
+    found: dict[str, Value] = dict.fromkeys(("ops", "waits", "kernels", "launches"), MISSING)
+    compiled = program.kind == "compile" or (one.form is not None and one.form.compiled)
+    graphed = one.form is not None and one.form.graphed
+    if not compiled and not graphed:
+        seen = count_step(one.step, device=device)
+        found |= {"ops": seen.ops, "waits": seen.waits}
+    if device.type == "cuda":
+        on_gpu = count_on_gpu(one.step, device)
+        found["waits"] = on_gpu.waits
+        if on_gpu.kernels:
+            found |= {"kernels": on_gpu.kernels, "launches": on_gpu.launches}
+    if not math.isfinite(float(one.step())):
+        raise NonFiniteLossError(
+            f"{program} diverged on random data, so its times mean nothing; use a larger --batch-size"
+        )
+    return found
+
+
+def _measure(
+    case: Case,
+    made: dict[Program, Prepared],
+    labels: Mapping[Program, str],
+    report: Report,
+    prefix: str,
+    rates: roofline.Rates | None,
+    repeats: int,
+) -> None:
+    timings = timed(made, case.device, repeats)
+    medians = {program: timing.median for program, timing in timings.items()}
+    for program, one in made.items():
+        label = labels.get(program, str(program))
+        derived = figures.ratios(medians, program)
+        report.rows.append(
+            {
+                "model": case.model,
+                "students": case.students,
+                "provider": label,
+                "kind": program.kind,
+                "mode": one.form.mode if one.form else MISSING,
+                "strategy": one.form.strategy if one.form else MISSING,
+                **figures.spread(timings[program]),
+                "images_per_s": case.batch_size / medians[program] * 1e3,
+                **counts(program, one, case.device),
+                "peak_mb": one.peak_mb,
+                **derived,
+                "of_roofline": _of_roofline(case, medians[program], rates),
+                "ready_s": one.ready_s,
+            }
+        )
+        report.samples_ms[prefix + label] = timings[program].samples_ms
+        if derived["published_ratio"] != MISSING:
+            report.ratios[f"{prefix}published/{label}"] = derived["published_ratio"]
+    report.warnings.extend(prefix + doubt for doubt in figures.doubts(timings))
+    release(made)
+
+
+def release(made: dict) -> None:
+    """Give back what programs hold, so that the next case starts in an empty memory."""
+    made.clear()
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _of_roofline(case: Case, median_ms: float, rates: roofline.Rates | None) -> Value:
+    if rates is None:
+        return MISSING
+    element_bytes = (AMP_DTYPES[case.amp] or torch.float32).itemsize
+    shape = {"batch_size": case.batch_size, "image_size": IMAGE_SIZE, "element_bytes": element_bytes}
+    work = roofline.least_work(case.model, networks=case.students + 1, **shape)
+    return roofline.least_ms(work, rates) / median_ms

@@ -131,6 +131,33 @@ def test_warmup_is_the_published_ramp(epoch, factor):
     assert warmup(epoch) == pytest.approx(factor, abs=5e-5)
 
 
+def test_the_faster_baseline_is_the_same_program_in_bfloat16():
+    torch.manual_seed(0)
+    published = PublishedFFSD("resnet8", students=2, num_classes=7, lr=0.01)
+    faster = PublishedFFSD("resnet8", students=2, num_classes=7, lr=0.01, amp=True)
+    for name, network in published.networks.items():
+        faster.networks[name].load_state_dict(network.state_dict())
+    seen = set()
+
+    def note(layer, inputs, output):
+        seen.add((output.dtype, output.is_contiguous(memory_format=torch.channels_last)))
+        # A backward belongs outside autocast, where its own operations keep the dtypes of the forward.
+        output.register_hook(lambda gradient: seen.add(torch.is_autocast_enabled("cpu")))
+
+    faster.networks["student0"].conv1.register_forward_hook(note)
+    images, labels = torch.randn(8, 3, 16, 16), torch.randint(7, (8,))
+    slow, fast = (
+        [program.step(x, labels, epoch=10) for _ in range(2)]
+        for program, x in ((published, images), (faster, images.contiguous(memory_format=torch.channels_last)))
+    )
+    assert seen == {(torch.bfloat16, True), False}
+    assert all(p.dtype == torch.float32 for network in faster.networks.values() for p in network.parameters())
+    for ours, theirs in zip(fast, slow, strict=True):
+        for name, wanted in theirs.items():
+            # A rounding is 2^-8; distances between nearly equal logits keep little of their value, and are small.
+            np.testing.assert_allclose(ours[name], wanted, rtol=2e-2, atol=2e-2, err_msg=name)
+
+
 def test_one_student_is_refused():
     with pytest.raises(ValueError, match="at least 2, not 1"):
         PublishedFFSD("resnet8", students=1, num_classes=5)
@@ -180,6 +207,7 @@ def test_ranges_that_overlap_are_told(other, overlap):
         pytest.param(["--suite", "step", "--model", "resnet33"], "resnet33", id="impossible-model"),
         pytest.param(["--suite", "step", "--students", "1"], "--students must be at least 2", id="too-few-students"),
         pytest.param(["--suite", "step", "--repeats", "many"], "invalid int value", id="not-a-number"),
+        pytest.param(["--suite", "step", "--students", "2;4"], "whole numbers with commas", id="not-a-list"),
         pytest.param(["--suite", "step", "--device", "tpu"], "must be auto, cpu, cuda or cuda:N", id="unknown-device"),
         pytest.param(["--suite", "step", "--device", "cuda"], "has 0 CUDA devices", id="cuda-where-there-is-none"),
         pytest.param(

@@ -1,0 +1,100 @@
+"""The options of the command line, and what each suite makes of those that are left out."""
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from fastfuse.errors import InputError, unknown_name
+
+# The kernels come last: their suite changes the compiler's settings.
+SUITES = {
+    "step": "one training step, batch in memory: the published program against fastfuse",
+    "epoch": "a whole epoch, data in memory, against the sum of its steps",
+    "scaling": "what more students cost",
+    "kernels": "every operator against eager and compiled reference",
+}
+STUDENTS = {"step": [2], "epoch": [2], "scaling": [2, 4, 8], "kernels": [2]}
+QUICK_STUDENTS = STUDENTS | {"scaling": [2, 4]}
+QUICK_BATCH_SIZE = {"step": 128, "epoch": 16, "scaling": 16, "kernels": 128}
+QUICK_REPEATS = {"step": 5, "epoch": 2, "scaling": 2, "kernels": 2}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """All suites have the same options; some ignore some."""
+    parser = _Parser(prog="benchmarks/run.py", description=description, allow_abbrev=False)
+    suites = "; ".join(f"{name}: {what}" for name, what in SUITES.items())
+    add = parser.add_argument
+    add("--suite", required=True, help=f"{suites}; all: these in turn")
+    add("--model", type=_names, default=["resnet32"], help="networks, or all (resnet32)")
+    add("--students", type=_numbers, help="numbers of common students, such as 2,4,8 (2; scaling: 2,4,8)")
+    add("--batch-size", type=int, help="images per step (128; 16 for epoch and scaling with --quick)")
+    add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="of the engine (bf16 on a GPU)")
+    add("--providers", type=_names, help="published, published-amp, compile, networks-only, fastfuse")
+    add("--modes", type=_names, help="eager, compiled, graphed, graphed-compiled")
+    add("--strategies", type=_names, help="loop, branches, grouped")
+    add("--images", type=int, help="of an epoch (50,000; on a CPU eight batches)")
+    add("--repeats", type=int, help="timed turns of each provider (5; 2 with --quick, but for step)")
+    add("--device", default="auto", help="auto, cpu or cuda (auto: cuda where there is one)")
+    add("--quick", action="store_true", help="step: one ratio, in the form that suits the device; else: does it run")
+    add("--part", help="i/n: the i-th of n parts of the suite kernels")
+    add("--out", type=Path, help="directory for JSON and CSV files, written as each part ends")
+    add("--plot", metavar="FILE", nargs="?", const="", help="a picture of step or scaling (in --out if not named)")
+    return parser
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuse what no suite can use.
+
+    Raises:
+        InputError: names the option.
+    """
+    if options.suite not in (*SUITES, "all"):
+        raise unknown_name("suite", options.suite, (*SUITES, "all"))
+    if options.plot is not None:
+        if options.suite not in ("step", "scaling", "all"):
+            raise InputError("--plot draws the suites step and scaling: leave it out")
+        if not options.plot and options.out is None:
+            raise InputError("--plot needs a file, or --out for a directory")
+        if options.plot and options.suite == "all":
+            raise InputError("--plot with the suite all needs --out instead of a file: there are several pictures")
+    least = {"students": 2, "batch_size": 2, "repeats": 1, "images": 2}
+    for name, lowest in least.items():
+        given = getattr(options, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value < lowest:
+                raise InputError(f"--{name.replace('_', '-')} must be at least {lowest}, not {value}")
+    if (
+        options.quick
+        and options.suite in ("step", "all")
+        and (len(options.model) > 1 or len(options.students or [2]) > 1)
+    ):
+        raise InputError("--quick measures one step: give one --model and one number of --students")
+
+
+def for_suite(options: argparse.Namespace, suite: str) -> argparse.Namespace:
+    """The options of one suite, with its defaults."""
+    own = argparse.Namespace(**vars(options))
+    quick = options.quick
+    own.students = options.students or (QUICK_STUDENTS if quick else STUDENTS)[suite]
+    own.batch_size = options.batch_size or (QUICK_BATCH_SIZE[suite] if quick else 128)
+    own.repeats = options.repeats or (QUICK_REPEATS[suite] if quick else 5)
+    return own
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("expected one name or several with commas between them")
+    return list(dict.fromkeys(names))
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return sorted({int(number) for number in _names(text)})
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected whole numbers with commas between them, not {text!r}") from error

@@ -1,0 +1,231 @@
+"""A tiny run of every suite, and what is built for each provider."""
+
+import csv
+import json
+import re
+
+import pytest
+import torch
+
+from benchmarks import epoch, programs, run, scaling, step
+from benchmarks.programs import Case, Start
+from benchmarks.selection import Form, Program
+from fastfuse.errors import InputError
+from fastfuse.kernels import _dispatch
+
+CASE = Case("resnet8", 2, 4, "off", torch.device("cpu"))
+LOOP = Form("eager", "loop")
+SMALL = ["--device", "cpu", "--model", "resnet8", "--batch-size", "4", "--modes", "eager", "--repeats", "2"]
+
+
+@pytest.fixture(scope="module")
+def start():
+    return Start(CASE)
+
+
+def test_the_quick_step_prints_one_line(capsys):
+    arguments = ["--suite", "step", "--quick", *SMALL, "--strategies", "loop"]
+    assert run.main(arguments) == 0
+    printed = capsys.readouterr()
+    assert re.fullmatch(r"ratio published/fastfuse: \d+\.\d\d\n", printed.out)
+    assert "ratio" not in re.sub("explain this ratio", "", printed.err) and "median ms" in printed.err
+
+
+def test_a_step_is_measured_case_by_case_and_saved_as_each_ends(tmp_path, capsys, monkeypatch):
+    saved = []
+    original = step._measure
+
+    def measure(case, *others):
+        saved.append((case.students, sorted(path.name for path in tmp_path.iterdir())))
+        original(case, *others)
+
+    monkeypatch.setattr(step, "_measure", measure)
+    kinds = "published,published-amp,networks-only,fastfuse"
+    arguments = ["--suite", "step", *SMALL, "--students", "3,2", "--strategies", "loop", "--providers", kinds]
+    assert run.main([*arguments, "--out", str(tmp_path)]) == 0
+    name = "step_resnet8_s2+3_b4_off_cpu"
+    # What the first case gave is on the disk before the second one begins.
+    assert saved == [(2, []), (3, [f"{name}.csv", f"{name}.json"])]
+    kept = json.loads((tmp_path / f"{name}.json").read_text())
+    assert [(row["students"], row["provider"]) for row in kept["rows"]] == [
+        (s, p)
+        for s in (2, 3)
+        for p in ("published", "published-amp", "networks-only eager/loop", "fastfuse eager/loop")
+    ]
+    for published, _, floor, ours in (kept["rows"][:4], kept["rows"][4:]):
+        assert ours["published_ratio"] == pytest.approx(published["median_ms"] / ours["median_ms"])
+        assert ours["distillation_share"] == pytest.approx(ours["median_ms"] / floor["median_ms"])
+        assert ours["images_per_s"] == pytest.approx(4e3 / ours["median_ms"])
+        assert (ours["waits"], floor["waits"]) == (0, 0) and published["waits"] == 7 * published["students"] + 7
+        assert floor["ops"] < ours["ops"] < published["ops"]
+        assert (ours["peak_mb"], ours["of_roofline"], ours["kernels"]) == ("-", "-", "-")
+    lines = list(csv.DictReader((tmp_path / f"{name}.csv").open()))
+    assert len(lines) == 8 and {line["copy_gb_per_s"] for line in lines} == {"not measured"}
+    printed = capsys.readouterr().out
+    assert printed.count("ratio resnet8 S=3 published/fastfuse eager/loop: ") == 1
+    assert printed.count("resnet8 │ 2 │") == 4  # each case is shown once
+
+
+def test_an_epoch_is_every_image_once(tmp_path, capsys, monkeypatch):
+    seen = []
+    original = programs.TrainStep.__call__
+
+    def call(self, images, labels, progress):
+        seen.append(len(labels))
+        return original(self, images, labels, progress)
+
+    monkeypatch.setattr(programs.TrainStep, "__call__", call)
+    arguments = ["--suite", "epoch", *SMALL, "--strategies", "loop", "--images", "10", "--repeats", "1"]
+    assert run.main([*arguments, "--out", str(tmp_path)]) == 0
+    # Two steps for the losses; then twice, to warm up and to measure, an epoch of three batches and one step.
+    assert seen == [4, 4, *[4, 4, 2, 4] * 2]
+    (row,) = json.loads((tmp_path / "epoch_resnet8_s2_b4_off_cpu.json").read_text())["rows"]
+    assert row["steps_s"] == pytest.approx(row["step_ms"] * 2.5e-3)
+    assert row["overhead"] == pytest.approx(row["epoch_s"] / row["steps_s"])
+    assert "ratio fastfuse eager/loop epoch/steps: " in capsys.readouterr().out
+
+
+def test_scaling_is_measured_in_turn_over_the_students(tmp_path, capsys, monkeypatch):
+    orders = []
+    original = step.measure_in_turn
+
+    def measure(providers, **settings):
+        orders.append([f"{program} {students}" for program, students in providers])
+        return original(providers, **settings)
+
+    monkeypatch.setattr(step, "measure_in_turn", measure)
+    arguments = ["--suite", "scaling", *SMALL, "--strategies", "loop", "--students", "2,3", "--repeats", "1"]
+    assert run.main([*arguments, "--out", str(tmp_path)]) == 0
+    names = ("published", "fastfuse eager/loop")
+    assert orders == [[f"{name} {s}" for s in (2, 3) for name in names]]
+    rows = json.loads((tmp_path / "scaling_resnet8_s2+3_b4_off_cpu.json").read_text())["rows"]
+    assert [(row["provider"], row["students"]) for row in rows] == [(name, s) for name in names for s in (2, 3)]
+    for two, three in (rows[:2], rows[2:]):
+        assert two["cost"] == 1.0 and three["cost"] == pytest.approx(three["median_ms"] / two["median_ms"])
+    assert "ratio fastfuse eager/loop S=3/S=2: " in capsys.readouterr().out
+
+
+def test_all_suites_run_in_turn_with_their_own_defaults(monkeypatch, tmp_path):
+    ran = []
+    for module in (step, epoch, scaling):
+        name = module.__name__.rpartition(".")[2]
+        monkeypatch.setattr(module, "run", lambda options, name=name: ran.append((name, options.students)) or iter(()))
+    from benchmarks import kernels, plot
+
+    monkeypatch.setattr(plot, "check", lambda: None)
+    monkeypatch.setattr(kernels, "run", lambda options: ran.append(("kernels", options.repeats)) or iter(()))
+    assert run.main(["--suite", "all", "--device", "cpu", "--out", str(tmp_path), "--plot"]) == 0
+    assert ran == [("step", [2]), ("epoch", [2]), ("scaling", [2, 4, 8]), ("kernels", 5)]
+
+
+def test_a_model_that_does_not_exist_is_one_line(capsys):
+    assert run.main(["--suite", "step", "--device", "cpu", "--model", "resnet9", "--modes", "eager"]) == 2
+    printed = capsys.readouterr()
+    assert "6n + 2" in printed.err and printed.err.count("\n") == 1 and printed.out == ""
+
+
+@pytest.mark.parametrize("kind", ["published", "published-amp", "networks-only", "fastfuse"])
+def test_no_speed_of_another_program(kind, start, monkeypatch):
+    form = LOOP if kind in ("networks-only", "fastfuse") else None
+    programs.prepare(Program(kind, form), CASE, start)
+    build = programs.build
+    monkeypatch.setattr(programs, "build", lambda *a: (lambda step: (lambda: step() * 1.02, None))(build(*a)[0]))
+    with pytest.raises(AssertionError, match=rf"{kind}.* computes a loss of .* in step 1"):
+        programs.prepare(Program(kind, form), CASE, start)
+
+
+def test_a_program_that_does_not_learn_is_found_out(start, monkeypatch):
+    monkeypatch.setattr(programs, "build_optimizers", lambda method, lr: optimizers(method))
+
+    def optimizers(method):
+        from fastfuse.train.optim import build_optimizers
+
+        return build_optimizers(method, lr=0.0)
+
+    with pytest.raises(AssertionError, match="in step 2"):
+        programs.prepare(Program("fastfuse", LOOP), CASE, start)
+
+
+def test_the_floor_is_as_many_networks_and_no_more(start):
+    method = programs.engine_step("networks-only", LOOP, CASE, start)[0].method
+    assert len(method.peers) == CASE.students + 1
+    leader = {key: value for key, value in start.states["leader"].items() if not key.startswith("trans_fusion")}
+    assert sum(p.numel() for p in method.parameters()) == 3 * sum(
+        value.numel() for key, value in leader.items() if key.endswith((".weight", ".bias"))
+    )
+    assert torch.equal(method.peers[-1].conv1.weight, leader["conv1.weight"])
+
+
+def test_the_compiled_baseline_runs_on_references_and_leaves_the_process_as_it_was(start, monkeypatch):
+    seen = []
+    original = programs.TrainStep.__call__
+
+    def call(self, *tensors):
+        seen.append((_dispatch._process_default, self._forward is self.method))
+        return original(self, *tensors)
+
+    monkeypatch.setattr(programs.TrainStep, "__call__", call)
+    monkeypatch.setattr(torch, "compile", lambda module, **options: lambda *tensors: module(*tensors))
+    before = _dispatch._process_default
+    programs.prepare(Program("compile"), CASE, start)
+    assert seen == [("reference", False)] * 2 and _dispatch._process_default is before
+
+
+@pytest.mark.parametrize("mode", ["graphed", "graphed-compiled"])
+def test_a_graph_holds_the_step_and_all_that_it_changes(mode, start, monkeypatch):
+    captured = []
+
+    def capture(function, state):
+        captured.append((function, state))
+        return function
+
+    compiled = []
+    monkeypatch.setattr(programs, "Captured", capture)
+    monkeypatch.setattr(torch, "compile", lambda module, **options: compiled.append(module) or module)
+    made = programs.prepare(Program("fastfuse", Form(mode, "loop")), CASE, start)
+    ((function, state),) = captured
+    assert made.step is function and len(compiled) == (mode == "graphed-compiled")
+    before = [x.detach().clone() for x in state()]
+    function()
+    assert any(not torch.equal(x, old) for x, old in zip(state(), before, strict=True))
+
+
+def test_networks_that_cannot_be_stacked_are_left_out_unless_asked_for(monkeypatch, capsys):
+    original = programs.prepare
+
+    def refuse(program, case, start):
+        if program.form is not None and program.form.strategy == "grouped":
+            raise InputError("cannot be stacked")
+        return original(program, case, start)
+
+    monkeypatch.setattr(step, "prepare", refuse)
+    chosen = [Program("published"), Program("fastfuse", LOOP), Program("fastfuse", Form("eager", "grouped"))]
+    warnings = []
+    assert list(step.prepared(CASE, chosen, warnings, asked=False)) == chosen[:2]
+    assert warnings == ["resnet8 S=2 fastfuse eager/grouped left out: cannot be stacked"]
+    with pytest.raises(InputError, match="cannot be stacked"):
+        step.prepared(CASE, chosen, warnings, asked=True)
+    capsys.readouterr()
+
+
+def test_a_stacked_program_computes_the_same(start):
+    made = programs.prepare(Program("fastfuse", Form("eager", "grouped")), CASE, start)
+    assert made.form == ("eager", "grouped")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["compile", "fastfuse", "networks-only"])
+def test_a_compiled_program_computes_the_same(kind, start):
+    form = None if kind == "compile" else Form("compiled", "loop")
+    made = programs.prepare(Program(kind, form), CASE, start)
+    counted = step.counts(Program(kind, form), made, CASE.device)
+    assert counted == dict.fromkeys(("ops", "waits", "kernels", "launches"), "-")
+
+
+@pytest.mark.long
+def test_the_quick_step_of_a_cpu_is_compiled(capsys):
+    arguments = ["--suite", "step", "--quick", "--device", "cpu", "--model", "resnet8", "--batch-size", "4"]
+    assert run.main(arguments) == 0
+    printed = capsys.readouterr()
+    assert re.fullmatch(r"ratio published/fastfuse: \d+\.\d\d\n", printed.out)
+    assert re.search(r"fastfuse compiled/(loop|grouped) is ready", printed.err)
