@@ -10,7 +10,7 @@ from fastfuse.errors import InputError, unknown_name
 SUITES = {
     "step": "one training step, batch in memory: the published program against fastfuse",
     "epoch": "a whole epoch, data in memory, against the sum of its steps",
-    "scaling": "what more students cost",
+    "scaling": "what more students and replicas cost",
     "kernels": "every operator against eager and compiled reference",
 }
 STUDENTS = {"step": [2], "epoch": [2], "scaling": [2, 4, 8], "kernels": [2]}
@@ -32,6 +32,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--suite", required=True, help=f"{suites}; all: these in turn")
     add("--model", type=_names, default=["resnet32"], help="networks, or all (resnet32)")
     add("--students", type=_numbers, help="numbers of common students, such as 2,4,8 (2; scaling: 2,4,8)")
+    add("--replicas", type=_numbers, help="of the suite scaling: numbers of replicas, such as 4 (none)")
     add("--batch-size", type=int, help="images per step (128; 16 for epoch and scaling with --quick)")
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="of the engine (bf16 on a GPU)")
     add("--providers", type=_names, help="published, published-amp, compile, networks-only, fastfuse")
@@ -62,7 +63,7 @@ def check(options: argparse.Namespace) -> None:
             raise InputError("--plot needs a file, or --out for a directory")
         if options.plot and options.suite == "all":
             raise InputError("--plot with the suite all needs --out instead of a file: there are several pictures")
-    least = {"students": 2, "batch_size": 2, "repeats": 1, "images": 2}
+    least = {"students": 2, "replicas": 1, "batch_size": 2, "repeats": 1, "images": 2}
     for name, lowest in least.items():
         given = getattr(options, name)
         for value in given if isinstance(given, list) else [given]:

@@ -15,6 +15,7 @@ from benchmarks.report import Value
 from benchmarks.selection import Form, Program
 from fastfuse.kernels import _dispatch
 from fastfuse.methods import Method, build_method
+from fastfuse.methods.replicas import Replicas
 from fastfuse.train.graph import Captured
 from fastfuse.train.optim import build_optimizers
 from fastfuse.train.step import TrainStep
@@ -35,18 +36,19 @@ Step = Callable[[], Tensor | float]
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained: S students of a model and their leader, on batches of CIFAR's size."""
+    """What is trained: S students of a model and their leader, on batches of CIFAR's size; R times in one pass."""
 
     model: str
     students: int
     batch_size: int
     amp: str
     device: torch.device
+    replicas: int = 1
 
     @property
     def name(self) -> str:
         """For headings."""
-        return f"{self.model} S={self.students}"
+        return f"{self.model} S={self.students}" + (f" R={self.replicas}" if self.replicas > 1 else "")
 
 
 class Start:
@@ -129,7 +131,8 @@ def prepare(program: Program, case: Case, start: Start) -> Prepared:
     low = program.kind == "published-amp"
     tolerance = AGREEMENT["bf16" if low else "off" if program.kind == "published" else case.amp]
     wanted = [start.cross_entropies] if program.kind == "networks-only" else start.losses
-    check(str(program), [float(step()) for _ in range(2)], wanted, tolerance)
+    # All replicas start alike here, and their losses are added.
+    check(str(program), [float(step()) / case.replicas for _ in range(2)], wanted, tolerance)
     ready = time.perf_counter() - began
     return Prepared(step, form, ready, memory.peak_mb(step, held, case.device))
 
@@ -154,9 +157,13 @@ def build(program: Program, case: Case, start: Start) -> tuple[Step, Form | None
     train_step, strategy = engine_step(program.kind, form, case, start)
     # The engine counts finished epochs, the published program the current one.
     progress = torch.tensor(float(EPOCH - 1), device=case.device)
+    images, labels = start.channels_last, start.labels
+    if case.replicas > 1:
+        images = images.repeat(1, case.replicas, 1, 1).contiguous(memory_format=torch.channels_last)
+        labels = labels.repeat(case.replicas, 1)
 
     def step() -> Tensor:
-        return train_step(start.channels_last, start.labels, progress).loss.detach()
+        return train_step(images, labels, progress).loss.detach()
 
     if program.kind == "compile":
         return _on_references(step), None
@@ -171,9 +178,13 @@ def engine_step(kind: str, form: Form, case: Case, start: Start) -> tuple[TrainS
         torch._dynamo.config.recompile_limit = 256
         torch._dynamo.config.accumulated_recompile_limit = 1024
     name, networks = ("independent", case.students + 1) if kind == "networks-only" else ("ffsd", case.students)
-    method = build_method(name, model=case.model, students=networks, num_classes=CLASSES)
-    start.load(method)
-    method = method.to(case.device).train()
+    methods = [
+        build_method(name, model=case.model, students=networks, num_classes=CLASSES) for _ in range(case.replicas)
+    ]
+    for method in methods:
+        start.load(method)
+    replicas = [f"replica{r}" for r in range(case.replicas)]
+    method = (methods[0] if case.replicas == 1 else Replicas(methods, replicas)).to(case.device).train()
     strategy = method.arrange(form.strategy)
     return TrainStep(method, build_optimizers(method, lr=LR), amp=case.amp, compiled=form.compiled), strategy
 

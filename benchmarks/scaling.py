@@ -1,6 +1,7 @@
-"""Suite "scaling": what more students cost, all numbers of students in turn within one run."""
+"""Suite "scaling": what more students cost, and more replicas, all of them in turn within one run."""
 
 import argparse
+import dataclasses
 from collections.abc import Iterator
 
 from benchmarks import figures, selection
@@ -15,6 +16,7 @@ COLUMNS = {
     "model": "model",
     "provider": "provider",
     "students": "S",
+    "replicas": "R",
     "median_ms": "median ms",
     "p20_ms": "p20",
     "p80_ms": "p80",
@@ -29,7 +31,8 @@ COLUMNS = {
 
 
 def run(options: argparse.Namespace) -> Iterator[Report]:
-    """Measure the published program and fastfuse for each number of students; the report as it grows, by model.
+    """Measure the published program and fastfuse for each number of students, and fastfuse with the fewest of them for
+    each number of replicas; the report as it grows, by model.
 
     Raises:
         InputError, NonFiniteLossError, AssertionError: as in the suite "step".
@@ -48,34 +51,45 @@ def run(options: argparse.Namespace) -> Iterator[Report]:
     report = Report(stem, settings, environment(device), COLUMNS, [], {}, {}, [*missing, *warnings, *busy()])
     for model in models:
         cases = [Case(model, s, options.batch_size, amp, device) for s in options.students]
+        cases += [dataclasses.replace(cases[0], replicas=r) for r in options.replicas or () if r > 1]
         made = {
-            (program, case.students): one
+            (program, _size(case)): one
             for case in cases
-            for program, one in prepared(case, programs, report.warnings, asked=asked).items()
+            for program, one in prepared(case, _for(case, programs), report.warnings, asked=asked).items()
         }
         _measure(cases, made, report, f"{model} " if len(models) > 1 else "", options.repeats)
         yield report
 
 
+def _size(case: Case) -> tuple[int, int]:
+    return case.replicas, case.students
+
+
+def _for(case: Case, programs: list[Program]) -> list[Program]:
+    """Replicas are the engine's own."""
+    return [program for program in programs if case.replicas == 1 or program.kind in selection.WITH_FORMS]
+
+
 def _measure(
-    cases: list[Case], made: dict[tuple[Program, int], Prepared], report: Report, prefix: str, repeats: int
+    cases: list[Case], made: dict[tuple[Program, tuple[int, int]], Prepared], report: Report, prefix: str, repeats: int
 ) -> None:
     timings = timed(made, cases[0].device, repeats)
     medians = {key: timing.median for key, timing in timings.items()}
     costs = figures.costs(medians)
     for program in dict.fromkeys(program for program, _ in made):
-        own = [case for case in cases if (program, case.students) in made]
-        fewest = own[0].students  # `--students` come sorted
+        own = [case for case in cases if (program, _size(case)) in made]
+        fewest = own[0]  # `--students` come sorted, and replicas after them
         for case in own:
-            key = program, case.students
-            same = {p: ms for (p, students), ms in medians.items() if students == case.students}
+            key = program, _size(case)
+            same = {p: ms for (p, size), ms in medians.items() if size == _size(case)}
             report.rows.append(
                 {
                     "model": case.model,
                     "provider": str(program),
                     "students": case.students,
+                    "replicas": case.replicas,
                     **figures.spread(timings[key]),
-                    "images_per_s": case.batch_size / medians[key] * 1e3,
+                    "images_per_s": case.replicas * case.batch_size / medians[key] * 1e3,
                     "cost": costs[key],
                     **counts(program, made[key], case.device),
                     "peak_mb": made[key].peak_mb,
@@ -83,7 +97,8 @@ def _measure(
                     "ready_s": made[key].ready_s,
                 }
             )
-            report.samples_ms[f"{prefix}{program} S={case.students}"] = timings[key].samples_ms
-            if case.students != fewest:
-                report.ratios[f"{prefix}{program} S={case.students}/S={fewest}"] = costs[key]
+            name = case.name.removeprefix(f"{case.model} ")
+            report.samples_ms[f"{prefix}{program} {name}"] = timings[key].samples_ms
+            if case is not fewest:
+                report.ratios[f"{prefix}{program} {name}/S={fewest.students}"] = costs[key]
     release(made)

@@ -87,7 +87,7 @@ def _train(arguments: list[str]) -> int:
     config = parse_train(arguments)
     from fastfuse.config import adapted
     from fastfuse.train.display import results_table
-    from fastfuse.train.loop import train
+    from fastfuse.train.run import train
 
     summaries = [train(config)]
     if config.baseline and summaries[0]["completed"]:

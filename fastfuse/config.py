@@ -102,7 +102,8 @@ class TrainConfig:
     """wrn: momentum of the last batch norm (default: 0.9, as published; 0.1 recommended)."""
 
     mode: str = "auto"
-    """eager, compiled (torch.compile), graphed (the whole step as one CUDA graph; GPU) or auto (graphed on a GPU)."""
+    """eager, compiled (torch.compile), graphed (the whole step as one CUDA graph), graphed-compiled (both), or auto
+    (graphed on a GPU, else eager)."""
     replicas: int = 1
     """Train so many independent runs in one pass, of this seed and the next ones; reports mean and deviation."""
     strategy: str = "auto"
@@ -165,7 +166,7 @@ def check(config: TrainConfig) -> None:
     if not 0 <= config.val_fraction < 1:
         raise InputError(f"--val-fraction must be at least 0 and below 1, not {config.val_fraction}")
     choices = {"schedule": ("multistep", "cosine"), "amp": ("auto", "off", "bf16", "fp16")}
-    choices |= {"mode": ("auto", "eager", "compiled", "graphed")}
+    choices |= {"mode": ("auto", "eager", "compiled", "graphed", "graphed-compiled")}
     choices |= {"strategy": ("auto", "loop", "branches", "grouped")}
     choices["diversity_mode"] = ("published", "normalized")
     for name, known in choices.items():

@@ -90,19 +90,24 @@ def test_scaling_is_measured_in_turn_over_the_students(tmp_path, capsys, monkeyp
     original = step.measure_in_turn
 
     def measure(providers, **settings):
-        orders.append([f"{program} {students}" for program, students in providers])
+        orders.append([f"{program} {size}" for program, size in providers])
         return original(providers, **settings)
 
     monkeypatch.setattr(step, "measure_in_turn", measure)
     arguments = ["--suite", "scaling", *SMALL, "--strategies", "loop", "--students", "2,3", "--repeats", "1"]
-    assert run.main([*arguments, "--out", str(tmp_path)]) == 0
+    assert run.main([*arguments, "--replicas", "2", "--out", str(tmp_path)]) == 0
     names = ("published", "fastfuse eager/loop")
-    assert orders == [[f"{name} {s}" for s in (2, 3) for name in names]]
+    assert orders == [[*(f"{name} {(1, s)}" for s in (2, 3) for name in names), f"{names[1]} {(2, 2)}"]]
     rows = json.loads((tmp_path / "scaling_resnet8_s2+3_b4_off_cpu.json").read_text())["rows"]
-    assert [(row["provider"], row["students"]) for row in rows] == [(name, s) for name in names for s in (2, 3)]
-    for two, three in (rows[:2], rows[2:]):
+    *alone, replicas = rows
+    assert [(row["provider"], row["students"]) for row in alone] == [(name, s) for name in names for s in (2, 3)]
+    for two, three in (alone[:2], alone[2:]):
         assert two["cost"] == 1.0 and three["cost"] == pytest.approx(three["median_ms"] / two["median_ms"])
-    assert "ratio fastfuse eager/loop S=3/S=2: " in capsys.readouterr().out
+    assert (replicas["provider"], replicas["students"], replicas["replicas"]) == (names[1], 2, 2)
+    assert replicas["cost"] == pytest.approx(replicas["median_ms"] / alone[2]["median_ms"])
+    assert replicas["images_per_s"] == pytest.approx(2 * 4 / replicas["median_ms"] * 1e3)
+    printed = capsys.readouterr().out
+    assert "ratio fastfuse eager/loop S=3/S=2: " in printed and "ratio fastfuse eager/loop S=2 R=2/S=2: " in printed
 
 
 def test_all_suites_run_in_turn_with_their_own_defaults(monkeypatch, tmp_path):

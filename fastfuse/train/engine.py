@@ -1,5 +1,6 @@
 """All device work of a training step as one function of nothing: what a CUDA graph repeats."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,10 @@ class Engine:
         terms: where the loss terms go.
         average: follows the weights; None: there is none.
         graphed: replay the step as a CUDA graph, one for each size of batch.
+        fall_back: if a capture fails, say why in the log and go on without graphs; otherwise it is an error.
+
+    Attributes:
+        graphed: whether steps are replayed, now that it has been tried.
     """
 
     def __init__(
@@ -31,9 +36,10 @@ class Engine:
         *,
         average: MovingAverage | None = None,
         graphed: bool = False,
+        fall_back: bool = False,
     ) -> None:
         self.step, self.batches, self.terms, self.average = step, batches, terms, average
-        self.graphed = graphed
+        self.graphed, self.fall_back = graphed, fall_back
         rates = step.optimizers.rates
         self.progress = torch.zeros((), device=rates.device)
         self._factors = torch.ones(batches.steps, dtype=rates.dtype, device=rates.device)
@@ -54,19 +60,29 @@ class Engine:
     def run(self, step: int) -> int:
         """Run the step that is next, number `step` of its epoch; gives its number of images."""
         count = self.batches.count(step)
-        if not self.graphed:
+        if self.graphed and count not in self._graphs:
+            self._capture(count)
+        if self.graphed:
+            self._graphs[count]()
+        else:
             self._work(count)
-            return count
-        if count not in self._graphs:
-            pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
-            self._graphs[count] = Captured(lambda: self._work(count), self.tensors, pool)
-        self._graphs[count]()
         return count
 
     def tensors(self) -> list[Tensor]:
         """Everything that a step changes and that lives on."""
         average = [] if self.average is None else self.average.tensors()
         return [*self.step.tensors(), *average, *self.terms.tensors(), self.batches.step]
+
+    def _capture(self, count: int) -> None:
+        pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
+        try:
+            self._graphs[count] = Captured(lambda: self._work(count), self.tensors, pool)
+        except RuntimeError as error:
+            if not self.fall_back or isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            logging.getLogger(__name__).warning("training goes on without CUDA graphs: a capture failed (%s)", reason)
+            self.graphed = False
 
     def _work(self, count: int) -> None:
         self.step.optimizers.set_factor(self._factors.gather(0, self.batches.step))

@@ -5,8 +5,6 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,65 +38,6 @@ class InterruptedRun(FastfuseError):
     """Ctrl-C: the step was finished and a checkpoint written."""
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
-    """Train as configured, or go on from a checkpoint.
-
-    Args:
-        config: `resume` takes up the run in `out`; a run killed before its first checkpoint starts anew.
-
-    Returns:
-        The summary, as in summary.json.
-
-    Raises:
-        FastfuseError: bad input, before anything is written; a loss that is not finite or a disk that is full, with
-            the last good checkpoint kept; InterruptedRun after Ctrl-C.
-    """
-    config = build.resolved(config)
-    if config.out is None:
-        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        config = dataclasses.replace(config, out=Path("runs") / f"{stamp}_{config.method}_{config.model}_{config.data}")
-    run = RunFolder(config.out)
-    device = build.pick_device(config.device)
-    modes.pick_mode(config.mode, device)  # refuses what the device cannot do
-    config = dataclasses.replace(config, amp=modes.pick_amp(config.amp, device))
-    dataset = build.load_data(config)
-    method = build.make_method(config, dataset.num_classes)
-    resuming = config.resume and run.checkpoint.exists()
-    state = checkpoint.load_matching(run.checkpoint, config, dataset.fingerprint()) if resuming else None
-    if state is None:
-        build.initial_weights(method, config.init)
-        build.try_out(method, dataset, config.batch_size)
-    method = build.with_replicas(method, config, dataset.num_classes)
-    method.to(device).arrange(config.strategy)
-    created = run.claim(resume=config.resume)
-    try:
-        run.write_config(config)
-    except FastfuseError:
-        if created:
-            run.path.rmdir()
-        raise
-    with modes.float32_products(tf32=config.tf32), _out_of_memory_explained(config):
-        trainer = Trainer(config, run, dataset, method, device)
-        if state is not None:
-            trainer.restore(state)
-        return trainer.run_all()
-
-
-@contextmanager
-def _out_of_memory_explained(config: TrainConfig) -> Iterator[None]:
-    try:
-        yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        # The CPU's allocator has no exception of its own.
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
-            raise
-        first = (str(error).splitlines() or ["no details"])[0]
-        raise FastfuseError(
-            f"out of memory with --batch-size {config.batch_size} and --students {config.students}: lower either, or "
-            f"give --amp bf16; the last checkpoint in {config.out} is intact ({first})"
-        ) from error
-
-
 class Trainer:
     """One run in progress.
 
@@ -119,13 +58,13 @@ class Trainer:
         self.dataset = dataset.to(device)
         self.method = method.train()
         self.optimizers = build_optimizers(self.method, **build.optimizer_settings(config))
-        self.mode = modes.pick_mode(config.mode, device)
+        mode = modes.pick_mode(config.mode, device)
         self.step = TrainStep(
             self.method,
             self.optimizers,
             amp=modes.pick_amp(config.amp, device),
             channels_last=config.channels_last,
-            compiled=self.mode == "compiled",
+            compiled=mode.endswith("compiled"),
         )
         self.average = MovingAverage(self.method, config.ema) if config.ema else None
         batches = data.TrainingBatches(
@@ -136,13 +75,19 @@ class Trainer:
         )
         self.steps_per_epoch = batches.steps
         self.terms = TermLog(config.log_interval, device)
-        graphed = self.mode == "graphed"
-        self.engine = Engine(self.step, batches, self.terms, average=self.average, graphed=graphed)
+        graphs = {"graphed": mode.startswith("graphed"), "fall_back": config.mode == "auto"}
+        self.engine = Engine(self.step, batches, self.terms, average=self.average, **graphs)
+        self._mode = mode
         self._evaluators: dict[int, Evaluator] = {}
         self.position = Position()
         self.device = device
         self.interrupted = False
         self._saved = self._started = self._began = time.monotonic()
+
+    @property
+    def mode(self) -> str:
+        """How steps are run, now that it has been tried."""
+        return self._mode if self.engine.graphed or not self._mode.startswith("graphed") else "eager"
 
     def run_all(self) -> dict[str, Any]:
         """Train to the end, to --max-time, or to Ctrl-C."""

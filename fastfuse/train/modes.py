@@ -21,8 +21,8 @@ def pick_mode(name: str, device: torch.device) -> str:
     on_gpu = device.type == "cuda"
     if name == "auto":
         return "graphed" if on_gpu else "eager"
-    if name == "graphed" and not on_gpu:
-        raise InputError(f"--mode graphed needs a CUDA device, not {device}: give --mode eager or compiled, or auto")
+    if name.startswith("graphed") and not on_gpu:
+        raise InputError(f"--mode {name} needs a CUDA device, not {device}: give --mode eager or compiled, or auto")
     if name == "compiled" and not on_gpu:
         compiler = os.environ.get("CXX", "g++")
         if shutil.which(compiler) is None:

@@ -1,41 +1,92 @@
 """What only a GPU can show of the trainer."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
+from fastfuse import data
 from fastfuse.methods import METHODS, build_method
+from fastfuse.nn import STRATEGIES
+from fastfuse.train.evaluate import Evaluator
 from fastfuse.train.optim import build_optimizers
 from fastfuse.train.step import TrainStep
+from tests.train.engines import BATCH, agree_over_20_steps, make, run_epoch, state_of
 
 pytestmark = pytest.mark.gpu
 
+# ffl's sub-networks share a trunk: no networks side by side.
+ROWS = [(name, strategy) for name in METHODS for strategy in STRATEGIES if name != "ffl" or strategy == "loop"]
 
+
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+@pytest.mark.parametrize("graphed", [False, True], ids=["eager", "graphed"])
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
-@pytest.mark.parametrize("name", sorted(METHODS))
-def test_a_step_waits_for_nothing(name, amp):
-    method = build_method(name, model="resnet8", students=2, num_classes=10).cuda()
-    step = TrainStep(method, build_optimizers(method), amp=amp)
-    images, labels = torch.randn(8, 3, 32, 32, device="cuda"), torch.arange(8, device="cuda")
-    progress = torch.zeros((), device="cuda")
-    step(images, labels, progress)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_waits_for_nothing(name, amp, graphed):
+    engine = make(name, amp=amp, ema=0.9, graphed=graphed, device="cuda")
+    run_epoch(engine)  # compiles kernels, captures graphs
+    engine.start_epoch(seed=0, epoch=1, step=0, factors=[1.0] * 3)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for epoch in range(3):
-            step.optimizers.set_factor(0.5**epoch)
-            output = step(images, labels, progress.fill_(epoch))
+        for step in range(3):
+            engine.run(step)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.isfinite(output.loss).item()
+    assert all(torch.isfinite(x).all() for x in state_of(engine).values() if amp != "fp16")
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize(("name", "strategy"), ROWS)
+def test_graphed_steps_are_eager_steps(name, strategy):
+    other = make(name, strategy=strategy, graphed=True, device="cuda")
+    agree_over_20_steps(make(name, device="cuda"), other, f"graphed, {strategy}")
+
+
+@pytest.mark.parametrize("strategy", ["loop", "grouped"])
+def test_compiled_steps_in_a_graph_are_eager_steps(strategy):
+    other = make("ffsd", strategy=strategy, graphed=True, compiled=True, device="cuda")
+    agree_over_20_steps(make("ffsd", device="cuda"), other, f"graphed-compiled, {strategy}")
+
+
+@pytest.mark.parametrize("form", [{}, {"amp": "bf16"}, {"amp": "fp16", "ema": 0.9}], ids=["off", "bf16", "fp16 ema"])
+def test_warming_up_leaves_no_trace(form):
+    """A capture's warm-up steps are undone: one replayed step is the first step."""
+    graphed, eager = (make("ffsd", graphed=g, device="cuda", **form) for g in (True, False))
+    for engine in (graphed, eager):
+        engine.start_epoch(seed=0, epoch=0, step=0, factors=[1.0] * 3)
+        engine.run(0)
+    assert int(graphed.batches.step) == int(eager.batches.step) == 1
+    ours, theirs = state_of(graphed), state_of(eager)
+    for name, value in theirs.items():
+        torch.testing.assert_close(
+            ours[name].float(), value.float(), rtol=1e-2, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_an_evaluation_replayed_counts_the_same():
+    engine = make("ffsd", device="cuda")
+    run_epoch(engine)
+    source = engine.batches.dataset
+    found = []
+    for graphed in (False, True):
+        batches = data.EvaluationBatches(source.test, mean=source.mean, std=source.std, batch_size=BATCH)
+        evaluator = Evaluator(engine.step.method, batches, nullcontext, graphed=graphed)
+        found += [evaluator(), evaluator()]
+    assert all(accuracy == found[0] for accuracy in found)
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_a_step_on_the_gpu_is_the_step_on_the_cpu(name):
     torch.manual_seed(0)
     on_cpu = build_method(name, model="resnet8", students=2, num_classes=10)
     on_gpu = build_method(name, model="resnet8", students=2, num_classes=10)
     on_gpu.load_state_dict(on_cpu.state_dict())
     images, labels = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
-    torch.backends.cudnn.allow_tf32 = False
     cpu_step = TrainStep(on_cpu, build_optimizers(on_cpu))
     gpu_step = TrainStep(on_gpu.cuda(), build_optimizers(on_gpu))
     ours = gpu_step(images.cuda(), labels.cuda(), torch.tensor(3.0, device="cuda"))
@@ -47,9 +98,19 @@ def test_a_step_on_the_gpu_is_the_step_on_the_cpu(name):
         )
 
 
-@pytest.mark.parametrize("options", ["--method ffsd", "--method ffl --amp bf16", "--method dml --amp fp16 --ema 0.9"])
+RUNS = [
+    "--method ffsd",
+    "--method ffl --amp bf16 --mode eager",
+    "--method dml --amp fp16 --ema 0.9",
+    "--method ffsd --strategy branches",
+    "--method ffsd --strategy grouped --replicas 2",
+]
+
+
+@pytest.mark.parametrize("options", RUNS)
 def test_a_run_on_the_gpu_ends_and_resumes(train, options):
     run = train(*options.split(), "--device", "cuda", "--epochs", "3", "--max-time", "0.0001")
     assert run.summary["completed"] is False
     again = train(*options.split(), "--device", "cuda", "--epochs", "3", "--resume")
     assert again.summary["completed"] and len(again.metrics) == 3
+    assert again.summary["mode"] == ("eager" if "eager" in options else "graphed")

@@ -182,6 +182,27 @@ def test_warming_up_and_replaying_a_graph_is_training(name: str, form: str, reco
     assert graphed.terms.sums == eager.terms.sums and graphed.terms.images == 2 * COUNT
 
 
+@pytest.mark.parametrize("fall_back", [True, False], ids=["auto", "asked for"])
+def test_a_capture_that_fails_ends_the_run_only_if_it_was_asked_for(fall_back, recorded_graphs, monkeypatch, caplog):
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    graphed, eager = make("dml", graphed=True), make("dml")
+    graphed.fall_back = fall_back
+    monkeypatch.setattr(torch.cuda, "graph", fail)
+    if not fall_back:
+        with pytest.raises(RuntimeError, match="not permitted"):
+            run_epoch(graphed)
+        return
+    run_epoch(graphed)
+    run_epoch(eager)
+    assert not graphed.graphed and caplog.messages == [
+        "training goes on without CUDA graphs: a capture failed (operation not permitted when stream is capturing)"
+    ]
+    for ours, theirs in zip(graphed.tensors(), eager.tensors(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_an_evaluation_replayed_counts_the_same(recorded_graphs: list[Recorded]) -> None:
     found = []
     for graphed in (False, True):

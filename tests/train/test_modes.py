@@ -21,6 +21,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
         ("eager", GPU, "eager"),
         ("compiled", GPU, "compiled"),
         ("graphed", GPU, "graphed"),
+        ("graphed-compiled", GPU, "graphed-compiled"),
     ],
 )
 def test_the_mode_of_a_device(name, device, expected):

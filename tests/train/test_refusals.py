@@ -346,7 +346,7 @@ def test_errors_of_the_program_itself_keep_their_traceback(tiny, tmp_path, monke
     def broken(*arguments, **options):
         raise RuntimeError("a fault of this package")
 
-    monkeypatch.setattr("fastfuse.train.loop.train", broken)
+    monkeypatch.setattr("fastfuse.train.run.train", broken)
     with pytest.raises(RuntimeError, match="a fault of this package"):
         cli.main([*tiny, "--out", str(tmp_path / "run")])
 
