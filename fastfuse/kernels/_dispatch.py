@@ -1,18 +1,26 @@
 """Which backend serves an op: names, resolution, and the reason why one cannot.
 
-`auto` takes the first usable backend in the order in which the op registered them; tensors on a CPU take the reference.
-An explicit request never falls back. FASTFUSE_BACKEND replaces `auto` for the whole process; it is read at the first
-call that asks.
+`auto` takes the backend that was measured to be the fastest on this GPU, where preferences.json has a row for the op
+and the backend is usable, else the first usable one in the order in which the op registered them; tensors on a CPU take
+the reference. An explicit request never falls back. FASTFUSE_BACKEND replaces `auto` for the whole process; it is read
+at the first call that asks.
 """
 
+import json
 import os
 from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastfuse.errors import BackendUnavailableError, unknown_name
 
 BACKENDS = ("reference", "triton", "cuda")
+# device name -> op -> {"backend", "microseconds" by backend, "commit"}; written by benchmarks/preferences.py.
+PREFERENCES = Path(__file__).with_name("preferences.json")
 
 # op -> backend -> a function that says why the backend cannot serve a tensor, or this machine at all (None: it can).
 WhyNot = Callable[[Tensor | None], str | None]
@@ -58,7 +66,30 @@ def resolve(op: str, backend: str = "auto", tensor: Tensor | None = None) -> str
     if backend == "auto":
         if tensor is not None and tensor.device.type == "cpu":
             return "reference"
+        if tensor is not None and tensor.device.type == "cuda":
+            measured = _measured(op, tensor.device.index)
+            if measured is not None and why_not(op, measured, tensor) is None:
+                return measured
         return next(name for name in _ops[op] if why_not(op, name, tensor) is None)
     if (reason := why_not(op, backend, tensor)) is not None:
         raise BackendUnavailableError(f"{op} cannot run on backend {backend!r}: {reason}; {mend}")
     return backend
+
+
+# A constant to torch.compile, which cannot trace how it is found.
+@torch.compiler.assume_constant_result
+def _measured(op: str, device: int | None) -> str | None:
+    """The backend that was measured to be the fastest for an op on a GPU."""
+    row = preferences().get(_gpu_name(device), {}).get(op)
+    return None if row is None else row["backend"]
+
+
+@cache
+def preferences() -> dict[str, dict[str, dict[str, Any]]]:
+    """The rows of preferences.json."""
+    return json.loads(PREFERENCES.read_text())
+
+
+@cache
+def _gpu_name(device: int | None) -> str:
+    return torch.cuda.get_device_name(device)
