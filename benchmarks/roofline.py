@@ -78,7 +78,7 @@ def measured_rates(device: torch.device, dtype: torch.dtype, repeats: int) -> Ra
 
     Float32 products are as exact as those of convolutions, which PyTorch lets use TF32: the bound is theirs.
     """
-    source = torch.empty(2**30, dtype=torch.uint8, device=device)
+    source = torch.randint(256, (2**30,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     a, b = (torch.randn(MATRIX, MATRIX, device=device, dtype=dtype) for _ in range(2))
     calls = {"copy": lambda: target.copy_(source), "matrix": lambda: a @ b}
