@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from benchmarks import figures, selection
-from benchmarks.programs import CLASSES, IMAGE_SIZE, Case, Start, Step, engine_step
+from benchmarks.cases import Case, cases, stem
+from benchmarks.programs import Start, Step, engine_step
 from benchmarks.report import Report, Value, environment
 from benchmarks.selection import Form, Program
 from benchmarks.step import CALLS_PER_TURN, busy, described, prepared, release
@@ -46,16 +47,16 @@ def run(options: argparse.Namespace) -> Iterator[Report]:
     modes = options.modes or (["eager"] if options.quick else None)
     asked = options.strategies is not None
     forms, warnings = selection.available_forms(modes, options.strategies, device)
-    models, missing = selection.models(options.model)
-    amp = pick_amp(options.amp, device)
-    images = options.images or (IMAGES if device.type == "cuda" else CPU_BATCHES * options.batch_size)
-    stem = f"epoch_{'+'.join(models)}_s{'+'.join(map(str, options.students))}_b{options.batch_size}_{amp}_{device.type}"
-    settings: dict[str, Value] = {**described(options, "epoch", amp, device), "images": images}
-    report = Report(stem, settings, environment(device), COLUMNS, [], {}, {}, [*missing, *warnings, *busy()])
-    dataset = synthetic(images).to(device)
-    cases = [Case(model, s, options.batch_size, amp, device) for model in models for s in options.students]
-    for case in cases:
-        prefix = f"{case.name} " if len(cases) > 1 else ""
+    models, missing = selection.models(options.model, "epoch", device)
+    every = cases(options, models, pick_amp(options.amp, device), device)
+    # One family of networks: all read the same images in the same batches.
+    images = options.images or (IMAGES if device.type == "cuda" else CPU_BATCHES * every[0].batch_size)
+    settings: dict[str, Value] = {**described(options, "epoch", every), "images": images}
+    name = stem("epoch", every)
+    report = Report(name, settings, environment(device), COLUMNS, [], {}, {}, [*missing, *warnings, *busy()])
+    dataset = synthetic(images, every[0]).to(device)
+    for case in every:
+        prefix = f"{case.name} " if len(every) > 1 else ""
         start = Start(case)
         steps = prepared(case, [Program("fastfuse", form) for form in forms], report.warnings, asked=asked)
         made = {
@@ -67,12 +68,12 @@ def run(options: argparse.Namespace) -> Iterator[Report]:
         yield report
 
 
-def synthetic(images: int) -> Dataset:
-    """Random pixels and labels of CIFAR-100's shapes, augmented as CIFAR is."""
+def synthetic(images: int, case: Case) -> Dataset:
+    """Random pixels and labels in the shapes of a case, augmented as CIFAR is."""
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (images, IMAGE_SIZE, IMAGE_SIZE, 3), generator=generator, dtype=torch.uint8)
-    split = Split(pixels, torch.randint(CLASSES, (images,), generator=generator))
-    names = tuple(map(str, range(CLASSES)))
+    pixels = torch.randint(256, (images, case.image_size, case.image_size, 3), generator=generator, dtype=torch.uint8)
+    split = Split(pixels, torch.randint(case.classes, (images,), generator=generator))
+    names = tuple(map(str, range(case.classes)))
     return Dataset("synthetic", split, split, None, names, torch.full((3,), 0.5), torch.full((3,), 0.29), 4, True)
 
 
@@ -119,6 +120,6 @@ def _measure(case: Case, made: dict, images: int, report: Report, prefix: str, r
             images=images,
             batch_size=case.batch_size,
         )
-        report.rows.append({"model": case.model, "students": case.students, "provider": provider, **row})
+        report.rows.append({**case.described, "provider": provider, **row})
         report.samples_ms[f"{prefix}{provider} epoch"] = timings[form, "epoch"].samples_ms
         report.ratios[f"{prefix}{provider} epoch/steps"] = row["overhead"]

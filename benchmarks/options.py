@@ -15,7 +15,8 @@ SUITES = {
 }
 STUDENTS = {"step": [2], "epoch": [2], "scaling": [2, 4, 8], "kernels": [2]}
 QUICK_STUDENTS = STUDENTS | {"scaling": [2, 4]}
-QUICK_BATCH_SIZE = {"step": 128, "epoch": 16, "scaling": 16, "kernels": 128}
+# Of the suites that are not here, and without --quick of all, a model's own: see `benchmarks.cases`.
+QUICK_BATCH_SIZE = {"epoch": 16, "scaling": 16}
 QUICK_REPEATS = {"step": 5, "epoch": 2, "scaling": 2, "kernels": 2}
 
 
@@ -33,7 +34,10 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--model", type=_names, default=["resnet32"], help="networks, or all (resnet32)")
     add("--students", type=_numbers, help="numbers of common students, such as 2,4,8 (2; scaling: 2,4,8)")
     add("--replicas", type=_numbers, help="of the suite scaling: numbers of replicas, such as 4 (none)")
-    add("--batch-size", type=int, help="images per step (128; 16 for epoch and scaling with --quick)")
+    add(
+        "--batch-size", type=int, help="images per step (128; ImageNet's networks 256, on a CPU 4; --quick: see README)"
+    )
+    add("--image-size", type=int, help="height and width of images (32, of ImageNet's networks 224)")
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="of the engine (bf16 on a GPU)")
     add("--providers", type=_names, help="published, published-amp, compile, networks-only, fastfuse")
     add("--modes", type=_names, help="eager, compiled, graphed, graphed-compiled")
@@ -63,7 +67,7 @@ def check(options: argparse.Namespace) -> None:
             raise InputError("--plot needs a file, or --out for a directory")
         if options.plot and options.suite == "all":
             raise InputError("--plot with the suite all needs --out instead of a file: there are several pictures")
-    least = {"students": 2, "replicas": 1, "batch_size": 2, "repeats": 1, "images": 2}
+    least = {"students": 2, "replicas": 1, "batch_size": 2, "image_size": 8, "repeats": 1, "images": 2}
     for name, lowest in least.items():
         given = getattr(options, name)
         for value in given if isinstance(given, list) else [given]:
@@ -82,7 +86,7 @@ def for_suite(options: argparse.Namespace, suite: str) -> argparse.Namespace:
     own = argparse.Namespace(**vars(options))
     quick = options.quick
     own.students = options.students or (QUICK_STUDENTS if quick else STUDENTS)[suite]
-    own.batch_size = options.batch_size or (QUICK_BATCH_SIZE[suite] if quick else 128)
+    own.batch_size = options.batch_size or (QUICK_BATCH_SIZE.get(suite) if quick else None)
     own.repeats = options.repeats or (QUICK_REPEATS[suite] if quick else 5)
     return own
 

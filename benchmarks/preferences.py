@@ -48,9 +48,7 @@ def rows(saved: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             commit = saved[0]["environment"]["commit"]
             found[op] = {"backend": fastest, "microseconds": sums, "commit": commit}
     if not found:
-        raise InputError(
-            "no op was measured with two backends: run on a GPU, after make build"
-        )
+        raise InputError("no op was measured with two backends: run on a GPU, after make build")
     return found
 
 

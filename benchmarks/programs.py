@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import memory
+from benchmarks.cases import Case
 from benchmarks.published import PublishedFFSD
 from benchmarks.report import Value
 from benchmarks.selection import Form, Program
@@ -20,8 +21,6 @@ from fastfuse.train.graph import Captured
 from fastfuse.train.optim import build_optimizers
 from fastfuse.train.step import TrainStep
 
-CLASSES = 100
-IMAGE_SIZE = 32
 # Time does not depend on it; with the published 0.1 many steps on one batch of noise diverge.
 LR = 0.01
 # Past the ramp of the lambdas: all terms at full weight.
@@ -32,23 +31,6 @@ AGREEMENT = {"off": 1e-3, "bf16": 1e-2, "fp16": 1e-2}
 
 # One step; gives the sum of all losses before its update, 0-d or a number.
 Step = Callable[[], Tensor | float]
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is trained: S students of a model and their leader, on batches of CIFAR's size; R times in one pass."""
-
-    model: str
-    students: int
-    batch_size: int
-    amp: str
-    device: torch.device
-    replicas: int = 1
-
-    @property
-    def name(self) -> str:
-        """For headings."""
-        return f"{self.model} S={self.students}" + (f" R={self.replicas}" if self.replicas > 1 else "")
 
 
 class Start:
@@ -63,10 +45,10 @@ class Start:
 
     def __init__(self, case: Case) -> None:
         torch.manual_seed(0)
-        self.images = torch.randn(case.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE).to(case.device)
+        self.images = torch.randn(case.batch_size, 3, case.image_size, case.image_size).to(case.device)
         self.channels_last = self.images.contiguous(memory_format=torch.channels_last)
-        self.labels = torch.randint(CLASSES, (case.batch_size,)).to(case.device)
-        baseline = PublishedFFSD(case.model, students=case.students, num_classes=CLASSES, lr=LR)
+        self.labels = torch.randint(case.classes, (case.batch_size,)).to(case.device)
+        baseline = PublishedFFSD(case.model, students=case.students, num_classes=case.classes, lr=LR)
         self.states = {
             name: {key: value.clone() for key, value in network.state_dict().items()}
             for name, network in baseline.networks.items()
@@ -78,8 +60,8 @@ class Start:
 
     def published(self, case: Case, *, amp: bool) -> PublishedFFSD:
         """The baseline before its first step."""
-        settings = {"students": case.students, "num_classes": CLASSES, "lr": LR, "device": case.device, "amp": amp}
-        baseline = PublishedFFSD(case.model, **settings)
+        settings = {"students": case.students, "num_classes": case.classes, "lr": LR, "device": case.device}
+        baseline = PublishedFFSD(case.model, **settings, amp=amp)
         for name, state in self.states.items():
             baseline.networks[name].load_state_dict(state)
         return baseline
@@ -179,7 +161,7 @@ def engine_step(kind: str, form: Form, case: Case, start: Start) -> tuple[TrainS
         torch._dynamo.config.accumulated_recompile_limit = 1024
     name, networks = ("independent", case.students + 1) if kind == "networks-only" else ("ffsd", case.students)
     methods = [
-        build_method(name, model=case.model, students=networks, num_classes=CLASSES) for _ in range(case.replicas)
+        build_method(name, model=case.model, students=networks, num_classes=case.classes) for _ in range(case.replicas)
     ]
     for method in methods:
         start.load(method)

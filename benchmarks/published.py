@@ -4,7 +4,11 @@ One network after another, each with its own losses, `zero_grad`, `backward` and
 host in every step. Plain PyTorch operations in the order of the published program; of fastfuse only the networks are
 used, so that a fault in the engine cannot hide here too.
 
-Source: Li et al., arXiv 2103.14473, and the behaviour of its official program (CIFAR trainer).
+For ImageNet it is the same step on four tapped stages, so that a transform has three modules and a fused map of 7 x 7
+is pooled; what else differs there lies outside of a step: rates that follow the iteration, and metrics.
+
+Source: Li et al., arXiv 2103.14473, and the behaviour of its official program (CIFAR trainer, and the ImageNet trainer
+for one GPU).
 """
 
 import math
@@ -17,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastfuse.models import build
+from fastfuse.models import IMAGENET, build
 
 FUSION_WEIGHT_DECAY = 1e-5
 TRANSFORM_LR = 1e-3
@@ -217,6 +221,8 @@ class PublishedFFSD:
         self.lambda_diversity = lambda_diversity
         self.lambda_fusion = lambda_fusion
         self.lambda_self_distillation = lambda_self_distillation
+        # Its trainer skips terms that weigh nothing; that for CIFAR computes them.
+        self.for_imagenet = model in IMAGENET
 
         networks = {f"student{i}": build(model, num_classes) for i in range(students)}
         leader = build(model, num_classes)
@@ -303,7 +309,7 @@ class PublishedFFSD:
         dml = dml / (self.students - 1)
         terms = {"student_ce": ce, "student_dml": dml}
         total = ce + dml
-        if i > 0:
+        if i > 0 and (self.lambda_diversity > 0 or not self.for_imagenet):
             # The reference is the previous student, and both terms carry the diversity weight: as published.
             weight = self.lambda_diversity * factor
             reference = maps[i - 1][-1]

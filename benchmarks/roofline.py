@@ -8,6 +8,7 @@ that reads it, and the same backward. Per convolution from a map X to a map Y, a
     input's gradient  read dY and Y, write dX, read X        (none for the images)
     weight's gradient read dY and Y, read X
     residual sum      read two maps and write one, forward and backward: 6 Z
+    max pooling       read a map and write P, and read dP: the weight's gradient before it remakes the rest
 
 Weights, and all that distillation adds, are left out: the bound stays a bound.
 """
@@ -59,9 +60,15 @@ def least_work(model: str, *, networks: int, batch_size: int, image_size: int, e
         nonlocal elements
         elements += 6 * z.numel()
 
+    def note_pool(pool: nn.Module, inputs: tuple[torch.Tensor, ...], p: torch.Tensor) -> None:
+        nonlocal elements
+        elements += inputs[0].numel() + 2 * p.numel()
+
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d):
             layer.register_forward_hook(note)
+        elif isinstance(layer, nn.MaxPool2d):
+            layer.register_forward_hook(note_pool)
         elif type(layer).__name__.endswith(("Block", "Bottleneck")):
             layer.register_forward_hook(note_sum)
     network(images)

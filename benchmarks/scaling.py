@@ -5,7 +5,8 @@ import dataclasses
 from collections.abc import Iterator
 
 from benchmarks import figures, selection
-from benchmarks.programs import Case, Prepared
+from benchmarks.cases import Case, cases, stem
+from benchmarks.programs import Prepared
 from benchmarks.report import Report, environment
 from benchmarks.selection import Program
 from benchmarks.step import busy, counts, described, prepared, release, timed
@@ -42,22 +43,19 @@ def run(options: argparse.Namespace) -> Iterator[Report]:
     modes = options.modes or (["eager"] if options.quick else None)
     asked = options.strategies is not None
     programs, warnings = selection.programs(kinds, modes, options.strategies, device)
-    models, missing = selection.models(options.model)
-    amp = pick_amp(options.amp, device)
-    stem = (
-        f"scaling_{'+'.join(models)}_s{'+'.join(map(str, options.students))}_b{options.batch_size}_{amp}_{device.type}"
-    )
-    settings = described(options, "scaling", amp, device)
-    report = Report(stem, settings, environment(device), COLUMNS, [], {}, {}, [*missing, *warnings, *busy()])
+    models, missing = selection.models(options.model, "scaling", device)
+    every = cases(options, models, pick_amp(options.amp, device), device)
+    settings, name = described(options, "scaling", every), stem("scaling", every)
+    report = Report(name, settings, environment(device), COLUMNS, [], {}, {}, [*missing, *warnings, *busy()])
     for model in models:
-        cases = [Case(model, s, options.batch_size, amp, device) for s in options.students]
-        cases += [dataclasses.replace(cases[0], replicas=r) for r in options.replicas or () if r > 1]
+        own = [case for case in every if case.model == model]
+        own += [dataclasses.replace(own[0], replicas=r) for r in options.replicas or () if r > 1]
         made = {
             (program, _size(case)): one
-            for case in cases
+            for case in own
             for program, one in prepared(case, _for(case, programs), report.warnings, asked=asked).items()
         }
-        _measure(cases, made, report, f"{model} " if len(models) > 1 else "", options.repeats)
+        _measure(own, made, report, f"{model} " if len(models) > 1 else "", options.repeats)
         yield report
 
 
@@ -84,9 +82,8 @@ def _measure(
             same = {p: ms for (p, size), ms in medians.items() if size == _size(case)}
             report.rows.append(
                 {
-                    "model": case.model,
+                    **case.described,
                     "provider": str(program),
-                    "students": case.students,
                     "replicas": case.replicas,
                     **figures.spread(timings[key]),
                     "images_per_s": case.replicas * case.batch_size / medians[key] * 1e3,

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from fastfuse.errors import InputError, unknown_name
+from fastfuse.models import IMAGENET
 from fastfuse.nn import STRATEGIES
 from fastfuse.train.modes import pick_mode
 
@@ -20,8 +21,7 @@ KINDS = {
 WITH_FORMS = ("networks-only", "fastfuse")
 MODES = ("eager", "compiled", "graphed", "graphed-compiled")
 # In the order of the tables. ImageNet's come last: they are the widest.
-GRID = ("resnet20", "resnet32", "resnet56", "wrn16_2")
-WITHOUT_NETWORK = ("ImageNet resnet18", "ImageNet resnet34")
+GRID = ("resnet20", "resnet32", "resnet56", "wrn16_2", *IMAGENET)
 
 
 class Form(NamedTuple):
@@ -114,11 +114,26 @@ def best_form(modes: Sequence[str] | None, strategies: Sequence[str] | None, dev
     return form if strategies else Form(form.mode, "auto")
 
 
-def models(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The networks to measure, and a line for those of the grid that this version lacks; "all" is the grid."""
+def models(names: Sequence[str], suite: str, device: torch.device) -> tuple[list[str], list[str]]:
+    """The networks to measure, and a line for those of the grid that are left out; "all" is the grid.
+
+    Raises:
+        InputError: one asked for by name that the suite cannot measure.
+    """
+    reason = None
+    if suite == "epoch":
+        reason = "this suite augments its images as CIFAR's are, and ImageNet's are cropped and resized"
+    elif device.type == "cpu":
+        reason = "slow on a CPU; name them, perhaps with --image-size 128, to see them there"
+    asked = [name for name in names if name != "all"]
+    if suite == "epoch" and (wrong := set(asked) & set(IMAGENET)):
+        raise InputError(f"--model {', '.join(sorted(wrong))} cannot be measured by --suite epoch: {reason}")
     if "all" not in names:
-        return list(names), []
-    return list(GRID), [f"{', '.join(WITHOUT_NETWORK)} left out: this version has no such network"]
+        return asked, []
+    kept = [name for name in GRID if name in asked or not (reason and name in IMAGENET)]
+    missing = [name for name in GRID if name not in kept]
+    others = [name for name in asked if name not in GRID]
+    return [*kept, *others], [f"{', '.join(missing)} left out: {reason}"] if missing else []
 
 
 def _kinds(kinds: Sequence[str] | None, device: torch.device) -> tuple[list[str], list[str]]:

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from benchmarks import figures, roofline, selection
+from benchmarks.cases import Case, batches, cases, stem
 from benchmarks.counting import count_step
 from benchmarks.counting_gpu import count_on_gpu
-from benchmarks.programs import IMAGE_SIZE, Case, Prepared, Start, prepare
+from benchmarks.programs import Prepared, Start, prepare
 from benchmarks.report import MISSING, Report, Value, environment
 from benchmarks.selection import Program
 from benchmarks.timing import Timing, measure_in_turn
@@ -23,6 +24,9 @@ from fastfuse.train.step import AMP_DTYPES
 
 WARMUP_CALLS = {"cpu": 1, "cuda": 10}
 CALLS_PER_TURN = {"cpu": 1, "cuda": 20}
+TOO_MUCH = (
+    "the GPU's memory does not hold it; lower --batch-size, or name fewer --providers, --modes and --strategies at once"
+)
 COLUMNS = {
     "model": "model",
     "students": "S",
@@ -57,16 +61,16 @@ def run(options: argparse.Namespace) -> Iterator[Report]:
     """
     device = pick_device(options.device)
     programs, warnings = chosen(options, device)
-    models, missing = selection.models(options.model)
+    models, missing = selection.models(options.model, "step", device)
     amp = pick_amp(options.amp, device)
+    chosen_cases = cases(options, models, amp, device)
     rates = measured_rates(device, amp, options.repeats)
     labels = {programs[-1]: "fastfuse"} if options.quick else {}
-    settings = {**described(options, "step", amp, device), **rates_described(rates)}
-    stem = f"step_{'+'.join(models)}_s{'+'.join(map(str, options.students))}_b{options.batch_size}_{amp}_{device.type}"
-    report = Report(stem, settings, environment(device), COLUMNS, [], {}, {}, [*missing, *warnings, *busy()])
-    cases = [Case(model, s, options.batch_size, amp, device) for model in models for s in options.students]
-    for case in cases:
-        prefix = f"{case.name} " if len(cases) > 1 else ""
+    settings = {**described(options, "step", chosen_cases), **rates_described(rates)}
+    name = stem("step", chosen_cases)
+    report = Report(name, settings, environment(device), COLUMNS, [], {}, {}, [*missing, *warnings, *busy()])
+    for case in chosen_cases:
+        prefix = f"{case.name} " if len(chosen_cases) > 1 else ""
         made = prepared(case, programs, report.warnings, asked=options.strategies is not None)
         _measure(case, made, labels, report, prefix, rates, options.repeats)
         yield report
@@ -95,16 +99,17 @@ def rates_described(rates: roofline.Rates | None) -> dict[str, Value]:
     }
 
 
-def described(options: argparse.Namespace, suite: str, amp: str, device: torch.device) -> dict[str, Value]:
+def described(options: argparse.Namespace, suite: str, cases: Sequence[Case]) -> dict[str, Value]:
     """What was asked for, for the settings of a report."""
+    device_type = cases[0].device.type
     return {
         "suite": suite,
-        "batch_size": options.batch_size,
-        "amp": amp,
+        **batches(cases),
+        "amp": cases[0].amp,
         "repeats": options.repeats,
-        "calls_per_turn": CALLS_PER_TURN[device.type],
+        "calls_per_turn": CALLS_PER_TURN[device_type],
         "quick": options.quick,
-        "device_type": device.type,
+        "device_type": device_type,
     }
 
 
@@ -119,11 +124,16 @@ def busy() -> list[str]:
 def prepared(case: Case, programs: Sequence[Program], warnings: list[str], *, asked: bool) -> dict[Program, Prepared]:
     """All programs of a case, ready to be timed; one line on the standard error for each.
 
-    Networks that cannot be stacked are an error if the strategies were `asked` for, otherwise a warning.
+    Networks that cannot be stacked are an error if the strategies were `asked` for, otherwise a warning; so is a
+    program that finds the GPU's memory full, unless it is the last one left.
+
+    Raises:
+        InputError: see above.
     """
     start = Start(case)
     made = {}
     for program in programs:
+        full = False
         try:
             one = made[program] = prepare(program, case, start)
         except InputError as error:
@@ -131,16 +141,32 @@ def prepared(case: Case, programs: Sequence[Program], warnings: list[str], *, as
                 raise
             warnings.append(f"{case.name} {program} left out: {error}")
             continue
+        except torch.OutOfMemoryError:
+            warnings.append(f"{case.name} {program} left out: {TOO_MUCH}")
+            full = True
+        if full:  # outside the handler, which keeps what the program had made
+            gc.collect()
+            torch.cuda.empty_cache()
+            continue
         name = Program(program.kind, one.form)
         print(f"{case.name}: {name} is ready after {one.ready_s:.0f} s", file=sys.stderr, flush=True)
+    if not made:
+        raise InputError(f"{case.name}: {TOO_MUCH}")
     return made
 
 
 def timed(steps: Mapping[object, Prepared], device: torch.device, repeats: int) -> dict[object, Timing]:
-    """Of all in turn."""
+    """Of all in turn.
+
+    Raises:
+        InputError: what graphs keep leaves too little memory for the others.
+    """
     calls = {key: one.step for key, one in steps.items()}
     settings = {"calls": CALLS_PER_TURN[device.type], "warmup": WARMUP_CALLS[device.type], "device": device}
-    return measure_in_turn(calls, repeats=repeats, **settings)
+    try:
+        return measure_in_turn(calls, repeats=repeats, **settings)
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"{len(steps)} programs at once: {TOO_MUCH}") from error
 
 
 def counts(program: Program, one: Prepared, device: torch.device) -> dict[str, Value]:
@@ -179,8 +205,7 @@ def _measure(
         derived = figures.ratios(medians, program)
         report.rows.append(
             {
-                "model": case.model,
-                "students": case.students,
+                **case.described,
                 "provider": label,
                 "kind": program.kind,
                 "mode": one.form.mode if one.form else MISSING,
@@ -214,6 +239,6 @@ def _of_roofline(case: Case, median_ms: float, rates: roofline.Rates | None) -> 
     if rates is None:
         return MISSING
     element_bytes = (AMP_DTYPES[case.amp] or torch.float32).itemsize
-    shape = {"batch_size": case.batch_size, "image_size": IMAGE_SIZE, "element_bytes": element_bytes}
+    shape = {"batch_size": case.batch_size, "image_size": case.image_size, "element_bytes": element_bytes}
     work = roofline.least_work(case.model, networks=case.students + 1, **shape)
     return roofline.least_ms(work, rates) / median_ms

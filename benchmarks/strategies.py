@@ -42,10 +42,12 @@ def table_rows(saved: dict[str, Any], mode: str | None = None) -> list[Row]:
             times.setdefault((row["model"], row["students"]), {})[row["strategy"]] = row["median_ms"]
     if not any(len(found) > 1 for found in times.values()):
         raise InputError(f"the report has no two strategies of fastfuse in mode {mode}: name another with --mode")
-    kept = {"mode": mode} | {key: settings[key] for key in ("batch_size", "amp", "repeats")}
+    kept = {"mode": mode} | {key: settings[key] for key in ("amp", "repeats")}
+    kept_of = {r["model"]: kept | {key: r[key] for key in ("batch_size", "image_size")} for r in saved["rows"]}
     versions = {key: where[key] for key in ("python", "torch", "triton")}
+    kinds = {model: architecture(models.build(model, 100)) for model, _ in times}
     return [
-        Row(where["device_key"], architecture(models.build(model, 100)), s + 1, found, kept, where["commit"], versions)
+        Row(where["device_key"], kinds[model], s + 1, found, kept_of[model], where["commit"], versions)
         for (model, s), found in times.items()
         if len(found) > 1
     ]

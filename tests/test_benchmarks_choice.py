@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import counting_gpu, figures, memory, options, plot, report, roofline, run, selection, strategies
+from benchmarks import cases, counting_gpu, figures, memory, options, plot, report, roofline, run, selection, strategies
 from benchmarks.selection import Form, Program
 from benchmarks.timing import Timing
 from fastfuse import models
@@ -63,6 +63,7 @@ def test_what_is_asked_for_is_measured_in_the_order_of_the_tables():
         pytest.param(["--modes", ","], "expected one name or several", id="no-name"),
         pytest.param(["--plot"], "--plot needs a file, or --out", id="plot-where"),
         pytest.param(["--students", "2,1"], "--students must be at least 2, not 1", id="one-of-several"),
+        pytest.param(["--image-size", "4"], "--image-size must be at least 8", id="image-size"),
         pytest.param(["--images", "1"], "--images must be at least 2", id="images"),
     ],
 )
@@ -104,11 +105,66 @@ def test_the_quick_form_is_that_of_the_device():
     assert selection.best_form(["eager"], ["grouped"], CPU) == ("eager", "grouped")
 
 
-def test_networks_that_do_not_exist_yet_are_named_and_left_out():
-    grid, left_out = selection.models(["all"])
-    assert grid == ["resnet20", "resnet32", "resnet56", "wrn16_2"] and set(grid) <= set(models.NAMES)
-    assert "resnet18" in left_out[0] and "resnet34" in left_out[0]
-    assert selection.models(["resnet8"]) == (["resnet8"], [])
+SMALL_IMAGES = ["resnet20", "resnet32", "resnet56", "wrn16_2"]
+
+
+def test_the_grid_is_small_and_large_images_and_the_large_ones_need_a_gpu():
+    assert selection.models(["all"], "step", CUDA) == ([*SMALL_IMAGES, "resnet18", "resnet34"], [])
+    assert set(selection.GRID) <= set(models.NAMES)
+    grid, left_out = selection.models(["all"], "scaling", CPU)
+    assert grid == SMALL_IMAGES and len(left_out) == 1
+    assert left_out[0].startswith("resnet18, resnet34 left out: ") and "--image-size" in left_out[0]
+    # What is named is measured, beside the grid or alone.
+    assert selection.models(["resnet8"], "step", CPU) == (["resnet8"], [])
+    assert selection.models(["resnet18"], "step", CPU) == (["resnet18"], [])
+    grid, left_out = selection.models(["resnet34", "all", "resnet8"], "step", CPU)
+    assert grid == [*SMALL_IMAGES, "resnet34", "resnet8"] and left_out[0].startswith("resnet18 left out")
+
+
+def test_an_epoch_of_imagenet_is_refused_or_left_out():
+    for device in (CPU, CUDA):
+        grid, left_out = selection.models(["all"], "epoch", device)
+        assert grid == SMALL_IMAGES and "resnet18, resnet34 left out: this suite augments" in left_out[0]
+    with pytest.raises(InputError, match="--model resnet34 cannot be measured by --suite epoch"):
+        selection.models(["resnet34", "resnet20"], "epoch", CUDA)
+
+
+def made(*arguments, models=("resnet32",), device=CUDA):
+    given = options.for_suite(options.make_parser("").parse_args(["--suite", "step", *arguments]), "step")
+    return cases.cases(given, models, "bf16", device)
+
+
+def test_every_model_has_batches_of_its_own_data():
+    small, large, wide = made(models=("resnet32", "resnet18", "resnet34"))
+    assert (small.batch_size, small.image_size, small.classes) == (128, 32, 100)
+    assert {(case.batch_size, case.image_size, case.classes) for case in (large, wide)} == {(256, 224, 1000)}
+    assert cases.batches([small, large, wide]) == {"batch_size": "128+256", "image_size": "32+224"}
+    assert cases.batches([large, wide]) == {"batch_size": 256, "image_size": 224}
+    assert cases.stem("step", [small, large]) == "step_resnet32+resnet18_s2_b128+256_bf16_cuda"
+    (quick,) = made("--quick", models=("resnet18",))
+    assert quick == large
+    (host,) = made(models=("resnet18",), device=CPU)
+    assert (host.batch_size, host.image_size) == (4, 224)
+
+
+def test_images_and_batches_that_are_asked_for_are_those_of_every_model():
+    found = made("--image-size", "64", "--batch-size", "2", "--students", "4,2", models=("resnet8", "resnet18"))
+    assert [(case.students, case.batch_size, case.image_size) for case in found] == [(2, 2, 64), (4, 2, 64)] * 2
+    assert [case.classes for case in found] == [100, 100, 1000, 1000]
+    assert cases.stem("scaling", found) == "scaling_resnet8+resnet18_s2+4_b2_i64_bf16_cuda"
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "says"),
+    [
+        pytest.param("resnet18", "48", "multiple of 32 from 64", id="maps-that-do-not-double"),
+        pytest.param("resnet34", "32", "multiple of 32 from 64", id="one-position-is-no-map"),
+        pytest.param("resnet20", "30", "multiple of 4 from 8", id="cifar"),
+    ],
+)
+def test_images_that_do_not_suit_a_model_are_refused(model, size, says):
+    with pytest.raises(InputError, match=f"--image-size {size} does not suit {model}: give a {says}"):
+        made("--image-size", size, models=(model,))
 
 
 def test_every_suite_has_its_defaults():
@@ -116,8 +172,9 @@ def test_every_suite_has_its_defaults():
         return options.for_suite(options.make_parser("").parse_args(["--suite", suite, *arguments]), suite)
 
     step, scaling = parsed("step", "--quick"), parsed("scaling")
-    assert (step.model, step.students, step.batch_size, step.repeats) == (["resnet32"], [2], 128, 5)
-    assert (scaling.students, scaling.batch_size, scaling.repeats) == ([2, 4, 8], 128, 5)
+    assert (step.model, step.students, step.batch_size, step.repeats) == (["resnet32"], [2], None, 5)
+    assert (scaling.students, scaling.batch_size, scaling.repeats) == ([2, 4, 8], None, 5)
+    assert parsed("scaling", "--quick").batch_size == parsed("epoch", "--quick").batch_size == 16
     given = parsed("scaling", "--quick", "--students", "8,2", "--batch-size", "4")
     assert (given.students, given.batch_size, given.repeats) == ([2, 8], 4, 2)
 
@@ -193,30 +250,33 @@ def test_least_work_of_a_network_that_can_be_counted_by_hand(monkeypatch):
         def __init__(self):
             super().__init__()
             self.first = torch.nn.Conv2d(3, 4, 3, padding=1)
+            self.pool = torch.nn.MaxPool2d(2)
             self.second = torch.nn.Conv2d(4, 8, 3, stride=2, padding=1)
 
         def forward(self, images):
-            return self.second(self.first(images))
+            return self.second(self.pool(self.first(images)))
 
     monkeypatch.setattr(models, "build", lambda name, classes: OneBlock())
-    work = roofline.least_work("any", networks=5, batch_size=2, image_size=6, element_bytes=2)
-    image, middle, last = 2 * 3 * 36, 2 * 4 * 36, 2 * 8 * 9
+    work = roofline.least_work("any", networks=5, batch_size=2, image_size=8, element_bytes=2)
+    image, middle, pooled, last = 2 * 3 * 64, 2 * 4 * 64, 2 * 4 * 16, 2 * 8 * 4
     # Forward and weight's gradient of both; the images need no gradient.
-    elements = (2 * image + 3 * middle) + (2 * middle + 3 * last) + (2 * last + 2 * middle)
+    elements = (2 * image + 3 * middle) + (2 * pooled + 3 * last) + (2 * last + 2 * pooled)
+    elements += middle + 2 * pooled  # max pooling
     elements += 6 * last  # by its name the class is a block, which ends in a sum
     flops = 2 * 2 * middle * 27 + 3 * 2 * last * 36
     assert work == (5 * 2 * elements, 5 * flops)
 
 
-def test_the_count_of_a_real_network_is_that_of_torch():
+@pytest.mark.parametrize(("model", "width"), [("resnet20", 64), ("resnet18", 512)])
+def test_the_count_of_a_real_network_is_that_of_torch(model, width):
     from torch.utils.flop_counter import FlopCounterMode
 
-    work = roofline.least_work("resnet20", networks=3, batch_size=2, image_size=32, element_bytes=2)
-    network = models.build("resnet20", 10)
+    work = roofline.least_work(model, networks=3, batch_size=2, image_size=32, element_bytes=2)
+    network = models.build(model, 10)
     with FlopCounterMode(display=False) as counter:
         network(torch.randn(2, 3, 32, 32)).logits.sum().backward()
-    # The linear layer is not in it: three products of [2, 64] and [64, 10].
-    assert work.flops == 3 * (counter.get_total_flops() - 3 * 2 * 2 * 64 * 10)
+    # The linear layer is not in it: three products of [2, width] and [width, 10].
+    assert work.flops == 3 * (counter.get_total_flops() - 3 * 2 * 2 * width * 10)
 
 
 def test_the_bound_is_the_slower_of_memory_and_arithmetic():
@@ -272,7 +332,6 @@ def saved_report(device_type="cpu", quick=False):
         "suite": "step",
         "quick": quick,
         "device_type": device_type,
-        "batch_size": 128,
         "amp": "off",
         "repeats": 5,
     }
@@ -288,7 +347,8 @@ def saved_report(device_type="cpu", quick=False):
         ("fastfuse", "eager", "loop", 8, 1.0),
     ]
     keys = ("kind", "mode", "strategy", "students", "median_ms")
-    rows = [{"model": "resnet8", **dict(zip(keys, row, strict=True))} for row in found]
+    shape = {"batch_size": 128, "image_size": 32}
+    rows = [{"model": "resnet8", **shape, **dict(zip(keys, row, strict=True))} for row in found]
     return {"settings": settings, "environment": environment, "rows": rows}
 
 
@@ -305,6 +365,7 @@ def test_a_report_becomes_the_table_that_auto_follows(tmp_path, capsys):
         (5, {"loop": 8.0, "grouped": 9.0}),
     ]
     assert rows[0].architecture == architecture(networks[0]) and rows[0].settings["mode"] == "eager"
+    assert (rows[0].settings["batch_size"], rows[0].settings["image_size"]) == (128, 32)
     assert resolve_strategy("auto", networks[:3], table=table) == "grouped"
     assert resolve_strategy("auto", networks, table=table) == "loop"
     assert capsys.readouterr().out.count("\n") == 2

@@ -9,10 +9,22 @@ from benchmarks import run
 pytestmark = pytest.mark.gpu
 
 
-def test_every_form_is_measured_with_its_kernels_waits_and_memory(tmp_path):
-    arguments = ["--suite", "step", "--device", "cuda", "--model", "resnet8", "--batch-size", "32", "--repeats", "2"]
+@pytest.mark.parametrize(
+    ("model", "shape", "name"),
+    [
+        pytest.param("resnet8", ["--batch-size", "32"], "step_resnet8_s2_b32_bf16_cuda", id="cifar"),
+        pytest.param(
+            "resnet18",
+            ["--batch-size", "8", "--image-size", "128"],
+            "step_resnet18_s2_b8_i128_bf16_cuda",
+            id="imagenet",
+        ),
+    ],
+)
+def test_every_form_is_measured_with_its_kernels_waits_and_memory(model, shape, name, tmp_path):
+    arguments = ["--suite", "step", "--device", "cuda", "--model", model, *shape, "--repeats", "2"]
     assert run.main([*arguments, "--modes", "eager,graphed", "--providers", PROVIDERS, "--out", str(tmp_path)]) == 0
-    saved = json.loads((tmp_path / "step_resnet8_s2_b32_bf16_cuda.json").read_text())
+    saved = json.loads((tmp_path / f"{name}.json").read_text())
     rows = {row["provider"]: row for row in saved["rows"]}
     forms = [f"{mode}/{strategy}" for mode in ("eager", "graphed") for strategy in ("loop", "branches", "grouped")]
     assert {f"fastfuse {form}" for form in forms} < set(rows)

@@ -195,6 +195,57 @@ def test_a_graph_holds_the_step_and_all_that_it_changes(mode, start, monkeypatch
     assert any(not torch.equal(x, old) for x, old in zip(state(), before, strict=True))
 
 
+def test_a_full_memory_costs_the_program_that_finds_it_full(monkeypatch, capsys):
+    chosen = [Program("published"), Program("compile"), Program("fastfuse", LOOP)]
+    original = programs.prepare
+
+    def fill(program, case, start):
+        if program in full:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(program, case, start)
+
+    monkeypatch.setattr(step, "prepare", fill)
+    full, warnings = chosen[1:2], []
+    made = step.prepared(CASE, chosen, warnings, asked=True)
+    assert list(made) == [chosen[0], chosen[2]] and len(warnings) == 1
+    assert warnings[0].startswith("resnet8 S=2 compile left out: the GPU's memory") and "--batch-size" in warnings[0]
+    full = chosen
+    with pytest.raises(InputError, match="resnet8 S=2: the GPU's memory does not hold it; lower --batch-size"):
+        step.prepared(CASE, chosen, [], asked=False)
+
+    def turn(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(step, "measure_in_turn", turn)
+    with pytest.raises(InputError, match="2 programs at once: the GPU's memory"):
+        step.timed(made, CASE.device, 1)
+    capsys.readouterr()
+
+
+def test_batches_and_networks_are_those_of_the_case():
+    case = Case("resnet8", 2, 6, "off", torch.device("cpu"), image_size=16, classes=7)
+    start = Start(case)
+    assert start.images.shape == (6, 3, 16, 16) and start.labels.max() < 7
+    method = programs.engine_step("fastfuse", LOOP, case, start)[0].method
+    assert method.predict(start.images)["leader"].shape == (6, 7)
+    data = epoch.synthetic(5, case)
+    assert data.train.images.shape == (5, 16, 16, 3) and len(data.class_names) == 7
+
+
+@pytest.mark.long
+def test_a_step_of_imagenet_is_measured_where_it_is_asked_for(tmp_path, capsys):
+    arguments = ["--suite", "step", "--device", "cpu", "--model", "resnet18", "--batch-size", "2", "--image-size", "96"]
+    kinds = ["--providers", "published,networks-only,fastfuse", "--modes", "eager", "--repeats", "1"]
+    assert run.main([*arguments, *kinds, "--out", str(tmp_path)]) == 0
+    saved = json.loads((tmp_path / "step_resnet18_s2_b2_i96_off_cpu.json").read_text())
+    assert (saved["settings"]["batch_size"], saved["settings"]["image_size"]) == (2, 96) and saved["rows"]
+    forms = [f"{kind} eager/{s}" for kind in ("networks-only", "fastfuse") for s in ("loop", "grouped")]
+    assert [row["provider"] for row in saved["rows"]] == ["published", *forms]
+    assert {(row["model"], row["batch_size"], row["image_size"]) for row in saved["rows"]} == {("resnet18", 2, 96)}
+    assert saved["rows"][0]["waits"] == 21 and {row["waits"] for row in saved["rows"][1:]} == {0}
+    capsys.readouterr()
+
+
 def test_networks_that_cannot_be_stacked_are_left_out_unless_asked_for(monkeypatch, capsys):
     original = programs.prepare
 

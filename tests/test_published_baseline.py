@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,12 @@ import torch
 
 from benchmarks import report, run
 from benchmarks.counting import count_step
+from benchmarks.programs import Start
 from benchmarks.published import PublishedFFSD, cross_network_kl, diversity_target, warmup
 from benchmarks.timing import Timing, measure_in_turn
+from fastfuse.methods import build_method
+from fastfuse.train.optim import build_optimizers
+from fastfuse.train.step import TrainStep
 
 GOLDEN = Path(__file__).parent / "golden" / "ffsd_resnet20_s2"
 TOLERANCE = 1e-9
@@ -77,6 +82,7 @@ def test_every_parameter_and_buffer_ends_at_the_recorded_one(replayed):
         pytest.param("resnet8", 2, 16, id="the-published-number-of-students"),
         pytest.param("resnet8", 3, 16, id="a-chain-of-references-and-a-mean-over-two-peers"),
         pytest.param("wrn10_1", 2, 16, id="signed-maps-and-biased-convolutions"),
+        pytest.param("resnet18", 2, 64, id="imagenet-four-stages"),
     ],
 )
 def test_a_step_moves_every_network_and_waits_for_every_term(model, students, size):
@@ -94,6 +100,51 @@ def test_a_step_moves_every_network_and_waits_for_every_term(model, students, si
     # Student 0 has three terms and the others five; fusion 3, leader 6, and two for each of the S transforms.
     assert counts.waits == 3 + 5 * (students - 1) + 3 + 6 + 2 * students
     assert counts.waits >= 10
+
+
+@pytest.mark.parametrize(
+    ("model", "students", "size"),
+    [
+        pytest.param("resnet18", 2, 64, id="imagenet-four-stages"),
+        pytest.param("resnet8", 3, 16, id="cifar-three-stages"),
+    ],
+)
+def test_engine_and_published_program_have_the_same_terms(model, students, size):
+    """Two steps in float64, the second after an update of every network: two programs that share the networks alone."""
+    torch.manual_seed(0)
+    baseline = PublishedFFSD(model, students=students, num_classes=7, lr=0.01, dtype=torch.float64)
+    method = build_method("ffsd", model=model, students=students, num_classes=7).double().train()
+    states = {name: network.state_dict() for name, network in baseline.networks.items()}
+    Start.load(SimpleNamespace(states=states), method)
+    step = TrainStep(method, build_optimizers(method, lr=0.01))
+    images, labels = torch.randn(3, 3, size, size, dtype=torch.float64), torch.randint(7, (3,))
+    for number in range(2):
+        wanted = by_network(baseline.step(images, labels, epoch=2))
+        found = step(images, labels, torch.tensor(1.0, dtype=torch.float64)).terms
+        assert set(found) == set(wanted)
+        for name, value in wanted.items():
+            assert found[name].item() == pytest.approx(value, rel=TOLERANCE, abs=0), f"step {number}, {name}"
+
+
+def by_network(terms):
+    """The terms of the published program under the engine's names: one value each, and without sums."""
+    found = {}
+    for name, value in terms.items():
+        kind, _, term = name.partition("_")
+        if isinstance(value, list):
+            first = 0 if kind == "student" else 1
+            found |= {f"{kind}{i}_{term}": own for i, own in enumerate(value, first)}
+        else:
+            found[name] = value
+    absent = ("student0_diversity", "student0_self_distillation")
+    return {name: value for name, value in found.items() if not name.endswith("_total") and name not in absent}
+
+
+@pytest.mark.parametrize(("model", "waits"), [("resnet18", 3 + 3 + 3 + 6 + 4), ("resnet8", 3 + 5 + 3 + 6 + 4)])
+def test_imagenets_trainer_leaves_out_what_weighs_nothing(model, waits):
+    baseline = PublishedFFSD(model, students=2, num_classes=7, lambda_diversity=0.0)
+    images, labels = torch.randn(2, 3, 64, 64), torch.randint(7, (2,))
+    assert count_step(lambda: baseline.step(images, labels, epoch=1), device=images.device).waits == waits
 
 
 def test_networks_learn_from_nobody_but_their_own_loss():

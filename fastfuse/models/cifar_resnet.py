@@ -41,7 +41,8 @@ def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.
 def _blocks_per_stage(depth: int) -> int:
     if depth < 8 or (depth - 2) % 6:
         raise InputError(
-            f"resnet{depth}: the depth of a CIFAR ResNet is 6n + 2 with n >= 1, for example 20, 32, 56, 110"
+            f"resnet{depth}: the depth of a CIFAR ResNet is 6n + 2 with n >= 1, for example 20, 32, 56, 110; those of "
+            "ImageNet are 18 and 34"
         )
     return (depth - 2) // 6
 

@@ -46,6 +46,7 @@ def test_equals_the_loop(model, batch, size, channels_last, count):
         pytest.param("wrn10_1", {"stride_on": "conv1", "last_norm_momentum": 0.1}, 3, 9, id="norms of one momentum"),
         pytest.param("resnet8", {}, 1, 8, id="a batch of one image"),
         pytest.param("resnet14", {}, 2, 12, id="blocks that keep their width"),
+        pytest.param("resnet18", {}, 2, 27, id="max pooling whose windows overlap and reach over the edge"),
     ],
 )
 def test_variations_equal_the_loop(model, options, batch, size):
@@ -53,7 +54,7 @@ def test_variations_equal_the_loop(model, options, batch, size):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("model", ["resnet20", "wrn16_2"])
+@pytest.mark.parametrize("model", ["resnet20", "wrn16_2", "resnet34"])
 def test_a_real_depth_equals_the_loop(model):
     check_equal(members(model, 3), images(5, 32))
 

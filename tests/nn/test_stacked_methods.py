@@ -49,17 +49,18 @@ def update(method: Method) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "students", "model"),
+    ("name", "students", "model", "size"),
     [
-        pytest.param("ffsd", 2, "resnet8", id="ffsd: all terms, odd maps"),
-        pytest.param("ffsd", 3, "wrn10_1", id="ffsd, three students, signed maps"),
-        pytest.param("independent", 1, "resnet8", id="a single network"),
-        pytest.param("dml", 3, "resnet8", id="dml"),
+        pytest.param("ffsd", 2, "resnet8", 13, id="ffsd: all terms, odd maps"),
+        pytest.param("ffsd", 3, "wrn10_1", 13, id="ffsd, three students, signed maps"),
+        pytest.param("ffsd", 2, "resnet18", 37, id="ffsd: four stages, max pooling", marks=pytest.mark.long),
+        pytest.param("independent", 1, "resnet8", 13, id="a single network"),
+        pytest.param("dml", 3, "resnet8", 13, id="dml"),
     ],
 )
-def test_a_step_equals_the_loop(name, students, model):
+def test_a_step_equals_the_loop(name, students, model, size):
     loop, grouped = both(name, students, model)
-    given = batch()
+    given = batch(size)
     outputs = [method(*given) for method in (loop, grouped)]
     for output, method in zip(outputs, (loop, grouped), strict=True):
         output.loss.backward()
