@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         ParameterGroups,
         PeerDistillationLoss,
     )
+    from fastfuse.models.extract import extract
 
 _HOMES = {
     "AttentionLoss": "losses",
@@ -23,6 +24,7 @@ _HOMES = {
     "ParameterGroups": "losses",
     "PeerDistillationLoss": "losses",
     "FastfuseError": "errors",
+    "extract": "models.extract",
 }
 _MODULES = ("functional", "models")
 
@@ -34,6 +36,7 @@ __all__ = [
     "NormalizedLpLoss",
     "ParameterGroups",
     "PeerDistillationLoss",
+    "extract",
     "functional",
     "models",
 ]

@@ -23,7 +23,8 @@ class TrainConfig:
     method: str = "ffsd"
     """ffsd, ffl, independent or dml."""
     model: str = "resnet32"
-    """resnet20|32|56|110, wrn16_2, wrn28_10, wrn40_2, or any valid depth and width of these families."""
+    """resnet20|32|56|110, wrn16_2|28_4|28_10|40_2, densenet40_12, any valid depth and width of these, googlenet, or
+    a network of others: torchvision:NAME, timm:NAME, package.module:factory."""
     students: int = 2
     """Common students (ffsd), sub-networks (ffl) or networks (independent, dml)."""
     recipe: str | None = None

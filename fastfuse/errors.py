@@ -6,6 +6,8 @@ The command line prints that line without a traceback; every other exception is 
 import difflib
 from collections.abc import Iterable
 
+_LISTED = 50
+
 
 class FastfuseError(Exception):
     """Base of all errors that a user can mend."""
@@ -28,8 +30,9 @@ class BackendUnavailableError(FastfuseError, RuntimeError):
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
-    """The error for a name that is not among the known ones; it lists the near ones first."""
+    """The error for a name that is not among the known ones; it lists the near ones first, of all 50 at most."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return InputError(f"unknown {kind} {name!r}: {hint}known: {', '.join(known)}")
+    more = f" and {len(known) - _LISTED} more" if len(known) > _LISTED else ""
+    return InputError(f"unknown {kind} {name!r}: {hint}known: {', '.join(known[:_LISTED])}{more}")

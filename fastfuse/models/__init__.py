@@ -1,4 +1,4 @@
-"""Networks that return (logits, features): no hooks, no state on the module."""
+"""Networks that return (logits, features); ours without hooks, those of others by `extract`."""
 
 import re
 from collections.abc import Iterable
@@ -29,9 +29,11 @@ def build(name: str, num_classes: int, **options: Any) -> nn.Module:
 
     Args:
         name: `resnet{6n+2}`, `wrn{6n+4}_{k}`, `densenet{3n+4}_{k}` or `googlenet`, for example resnet32 or wrn16_2; or
-            `resnet18`, `resnet34`, which are ImageNet's and need torchvision.
+            `resnet18`, `resnet34`, which are ImageNet's and need torchvision; or a network of others,
+            `torchvision:NAME`, `timm:NAME` or `package.module:factory` (see `fastfuse.models.foreign`).
         num_classes: K, at least 1.
-        options: the named deviations of a family (see `WideResNet`, `DenseNet`, `GoogLeNet`).
+        options: the named deviations of a family (see `WideResNet`, `DenseNet`, `GoogLeNet`); arguments of a network
+            of others.
 
     Raises:
         InputError: an unknown name (the near ones are listed), depth, or option, or a network of a library that is
@@ -39,6 +41,10 @@ def build(name: str, num_classes: int, **options: Any) -> nn.Module:
     """
     if num_classes < 1:
         raise InputError(f"num_classes must be at least 1, not {num_classes}")
+    if ":" in name:
+        from fastfuse.models.foreign import build_foreign
+
+        return build_foreign(name, num_classes, **options)
     if match := re.fullmatch(r"resnet(\d+)", name):
         if options:
             raise InputError(f"{name} has no option {', '.join(sorted(options))}: only other families have any")

@@ -15,6 +15,7 @@ from fastfuse.data import Dataset
 from fastfuse.errors import InputError, unknown_name
 from fastfuse.methods import METHODS, Method, build_method
 from fastfuse.methods.replicas import Replicas
+from fastfuse.models.extract import Wrapper
 from fastfuse.train.optim import SETTINGS
 from fastfuse.train.schedule import milestones
 
@@ -103,8 +104,12 @@ def try_out(method: Method, dataset: Dataset, batch_size: int) -> None:
         try:
             labels = torch.zeros(smallest, dtype=torch.int64)
             trial(torch.zeros(smallest, 3, height, width), labels, torch.tensor(0.0))
-        except ValueError as error:
-            raise InputError(f"images of {height}x{width} do not suit this method and model: {error}") from error
+        except Exception as error:
+            # Networks of others refuse a size with any exception; from our own code another one is a fault.
+            if not isinstance(error, ValueError) and not any(isinstance(x, Wrapper) for x in trial.modules()):
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"images of {height}x{width} do not suit this method and model: {reason}") from error
 
 
 def initial_weights(method: Method, entries: tuple[str, ...]) -> None:

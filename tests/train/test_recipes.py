@@ -1,6 +1,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from fastfuse.cli import parse_train
 from fastfuse.config import METHOD_FIELDS, TrainConfig, adapted, from_recipe, recipes
@@ -8,7 +9,10 @@ from fastfuse.errors import InputError
 from fastfuse.methods import METHODS, build_method
 from fastfuse.train.build import make_method, resolved
 
-FFSD_ROWS = ["cifar100-resnet20", "cifar100-resnet32", "cifar100-resnet56", "cifar100-wrn16_2", "cifar100-wrn40_2"]
+FFSD_ROWS = [
+    *("cifar100-resnet20", "cifar100-resnet32", "cifar100-resnet56", "cifar100-wrn16_2", "cifar100-wrn40_2"),
+    *("cifar100-densenet40_12", "cifar100-googlenet"),
+]
 
 
 def test_there_is_a_recipe_for_every_row_whose_model_exists():
@@ -57,6 +61,17 @@ def test_wide_resnet_recipes_have_the_published_quirks(name):
     assert leader.bn1.momentum == 0.9
     assert leader.conv1.bias is not None
     assert leader.layer2[0].conv1.stride == (1, 1) and leader.layer2[0].conv2.stride == (2, 2)
+
+
+def test_densenet_and_googlenet_recipes_have_the_published_quirks():
+    densenet, googlenet = (
+        make_method(resolved(from_recipe(f"cifar100-{name}")), 100).networks()["leader"]
+        for name in ("densenet40_12", "googlenet")
+    )
+    assert densenet.conv1.out_channels == 24 and densenet.feature_channels == (168, 312, 456)
+    convolutions = [layer for layer in googlenet.modules() if isinstance(layer, torch.nn.Conv2d)]
+    assert all(layer.bias is not None and layer.kernel_size != (5, 5) for layer in convolutions)
+    assert googlenet.dropout.p == 0 and googlenet.feature_channels == (480, 832, 1024)
 
 
 def test_without_a_recipe_the_published_ffsd_values_hold():
