@@ -1,12 +1,13 @@
 """Every operator at the shapes of real training: what the kernels are timed at, and what they are compiled for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks import kernel_inputs as inputs
+from benchmarks.kernel_inputs import Call
 from fastfuse import functional
 
 # (channels, height) of the stages of ResNet-32 on 32x32 and of ResNet-18 on 224x224, and their batches.
@@ -16,8 +17,6 @@ NETWORKS = {
 }
 CLASSES = {"cifar": 100, "imagenet": 1000}
 STUDENTS = (2, 4, 8)
-
-Call = Callable[[Sequence[Tensor], str], Tensor | tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -39,306 +38,172 @@ class KernelCase:
     quick: bool
 
 
+@dataclass(frozen=True)
+class Network:
+    """Where cases come from: a network's name, the maps (channels, height) of its stages, and its batch."""
+
+    name: str
+    stages: tuple[tuple[int, int], ...]
+    batch: int
+
+    @property
+    def deep(self) -> tuple[int, int]:
+        """Channels and height of the last stage's maps."""
+        return self.stages[-1]
+
+    @property
+    def shallow(self) -> tuple[int, int]:
+        """Channels and height of the first stage's maps."""
+        return self.stages[0]
+
+    def maps(self, shapes: Sequence[tuple[int, int]], last: bool, *, gradients: int) -> Callable:
+        """Feature maps of this network's batch; the first ones require gradients."""
+        return inputs.maps(shapes, self.batch, last, gradients=gradients)
+
+    def case(
+        self, op: str, shape: str, make: Callable, call: Call, quick: bool, *, last: bool | None = None
+    ) -> KernelCase:
+        """A case named after this network and, where it matters, after the memory format."""
+        layout = [] if last is None else ["channels_last" if last else "contiguous"]
+        return KernelCase(op, " ".join([self.name, *([shape] if shape else []), *layout]), make, call, quick)
+
+
 def cases(*, batch: int | None = None) -> list[KernelCase]:
     """All cases; `batch` replaces the training batches where only the kind of launch matters."""
     found: list[KernelCase] = []
-    for network, (stages, own) in NETWORKS.items():
-        found += _network_cases(network, stages, own if batch is None else batch)
+    for name, (stages, own) in NETWORKS.items():
+        network = Network(name, stages, own if batch is None else batch)
+        for last in (False, True):
+            for family in (_distances, _students, _norms, _fusion, _groups, _diversity, _transforms, _augment):
+                found += family(network, last)
+        found += _heads(network)
     return found
 
 
-def _network_cases(network: str, stages: Sequence[tuple[int, int]], batch: int) -> list[KernelCase]:
-    found: list[KernelCase] = []
-    deep, shallow = stages[-1], stages[0]
+def _distances(network: Network, last: bool) -> Iterator[KernelCase]:
+    """Students' maps of all stages against others of the same shapes."""
+    n = len(network.stages)
+    both = network.maps([*network.stages, *network.stages], last, gradients=n)
 
-    def add(op: str, shape: str, make: Callable, call: Call, quick: bool) -> None:
-        found.append(KernelCase(op, f"{network} {shape}", make, call, quick))
+    def attention(t: Sequence[Tensor], b: str) -> Tensor:
+        return functional.attention_mse(t[:n], t[n:], backend=b)
 
-    for last in (False, True):
-        layout = "channels_last" if last else "contiguous"
-        both = _maps([*stages, *stages], batch, last, gradients=len(stages))
-        half = len(stages)
-        add(
-            "attention_mse",
-            f"all stages {layout}",
-            both,
-            lambda t, b, n=half: functional.attention_mse(t[:n], t[n:], backend=b),
-            last,
-        )
-        for p in (2, 1):
-            add(
-                "normalized_lp",
-                f"all stages p={p} {layout}",
-                both,
-                lambda t, b, n=half, p=p: functional.normalized_lp(t[:n], t[n:], p=p, backend=b),
-                last and p == 2,
-            )
-            add(
-                "normalized_lp",
-                f"with attention p={p} {layout}",
-                both,
-                lambda t, b, n=half, p=p: functional.normalized_lp_joint(t[:n], t[n:], p=p, backend=b),
-                last and p == 2,
-            )
-        for students in STUDENTS:
-            several = _maps([*[deep] * students, deep], batch, last, gradients=students)
-            add(
-                "feature_mse",
-                f"deepest S={students} {layout}",
-                several,
-                lambda t, b: functional.feature_mse(t[:-1], t[-1], backend=b),
-                last and students == 2,
-            )
-            for over in ("positions", "channels"):
-                add(
-                    "feature_kl",
-                    f"deepest S={students} over {over} {layout}",
-                    several,
-                    lambda t, b, o=over: functional.feature_kl(t[:-1], t[-1], temperature=2.0, over=o, backend=b),
-                    last and students == 2 and over == "positions",
-                )
-            add(
-                "concat_conv1x1",
-                f"deepest S={students} {layout}",
-                _with_weight(deep, students, batch, last),
-                lambda t, b: functional.concat_conv1x1(t[:-1], t[-1], backend=b),
-                last and students == 2,
-            )
-            add(
-                "concat_fuse",
-                f"deepest S={students} {layout}",
-                _fusion(deep, students, batch, last),
-                _fuse,
-                last and students == 2,
-            )
-            # The norms of a residual block, first and second, and of the last block of a stage.
-            for stage, name in ((shallow, "shallowest"), (deep, "deepest"))[: 2 if students == 2 else 1]:
-                for what in ("", " + x", " + x, attention") if students == 2 else (" + x",):
-                    add(
-                        "batch_norm_act",
-                        f"{name} S={students}{what} {layout}",
-                        _normed(stage, students, "x" in what, batch, last),
-                        _norm_act(students if "attention" in what else None),
-                        last and students == 2 and what == " + x",
-                    )
-        wide = _maps([shallow, shallow], batch, last, gradients=1)
-        add(
-            "feature_mse",
-            f"shallowest S=1 {layout}",
-            wide,
-            lambda t, b: functional.feature_mse(t[:1], t[1], backend=b),
-            False,
-        )
-        # As many maps as a group has blocks in WRN-28, ResNet-56 and ResNet-110.
-        for count, stage, name in ((4, shallow, "shallowest"), (9, deep, "deepest"), (18, deep, "deepest")):
-            add(
-                "aggregate_distance",
-                f"{name} N={count} {layout}",
-                _aggregate(stage, count, batch, last),
-                lambda t, b: functional.aggregate_distance(t[1:-1], t[-1], t[0], backend=b),
-                last and count == 4,
-            )
-        two = _maps([deep, deep], batch, last, gradients=1)
-        add(
-            "diversity_target",
-            f"loss {layout}",
-            two,
-            lambda t, b: functional.diversity_loss(t[0], t[1], backend=b),
-            last,
-        )
-        add(
-            "diversity_target",
-            f"target {layout}",
-            _maps([deep], batch, last, gradients=0),
-            lambda t, b: functional.diversity_target(t[0], backend=b),
-            False,
-        )
-        for students in STUDENTS:
-            add(
-                "diversity_target",
-                f"loss and target S={students} {layout}",
-                _maps([deep] * (2 * students - 2), batch, last, gradients=students - 1),
-                lambda t, b, n=students - 1: functional.diversity(t[:n], t[n:], backend=b)[0],
-                last and students == 2,
-            )
-        chains = _chains(stages, 2, batch, last)
-        add("deep_to_shallow", f"two transforms, all stages {layout}", chains, _transforms(2), last)
-        add("deep_to_shallow", f"two transforms, attention {layout}", chains, _transforms(2, attention=True), last)
-        shifted = _transforms(2, attention=True, shifted=True)
-        add("deep_to_shallow", f"two transforms, attention of shifted maps {layout}", chains, shifted, False)
-        add("augment", layout, _images(network, batch), _augment(last), last)
+    yield network.case("attention_mse", "all stages", both, attention, last, last=last)
+    for p in (2, 1):
+
+        def lp(t: Sequence[Tensor], b: str, p: int = p) -> Tensor:
+            return functional.normalized_lp(t[:n], t[n:], p=p, backend=b)
+
+        def joint(t: Sequence[Tensor], b: str, p: int = p) -> tuple[Tensor, ...]:
+            return functional.normalized_lp_joint(t[:n], t[n:], p=p, backend=b)
+
+        yield network.case("normalized_lp", f"all stages p={p}", both, lp, last and p == 2, last=last)
+        yield network.case("normalized_lp", f"with attention p={p}", both, joint, last and p == 2, last=last)
+
+
+def _students(network: Network, last: bool) -> Iterator[KernelCase]:
+    """All students' maps against one."""
+
+    def mse(t: Sequence[Tensor], b: str) -> Tensor:
+        return functional.feature_mse(t[:-1], t[-1], backend=b)
+
     for students in STUDENTS:
-        logits = _logits(CLASSES[network], students + 2, batch)
-        add("peer_kl_ce", f"S={students}", logits, _heads, students == 2)
-        add("peer_kl_ce", f"S={students} smoothed and weighted", logits, _weighted_heads, False)
-    return found
+        quick = last and students == 2
+        several = network.maps([network.deep] * (students + 1), last, gradients=students)
+        yield network.case("feature_mse", f"deepest S={students}", several, mse, quick, last=last)
+        for over in ("positions", "channels"):
+
+            def kl(t: Sequence[Tensor], b: str, over: str = over) -> Tensor:
+                return functional.feature_kl(t[:-1], t[-1], temperature=2.0, over=over, backend=b)
+
+            name = f"deepest S={students} over {over}"
+            yield network.case("feature_kl", name, several, kl, quick and over == "positions", last=last)
+    wide = network.maps([network.shallow] * 2, last, gradients=1)
+    yield network.case("feature_mse", "shallowest S=1", wide, mse, False, last=last)
 
 
-def _normal(shape: Sequence[int], device: torch.device, dtype: torch.dtype, gradient: bool) -> Tensor:
-    return torch.randn(shape, device=device).to(dtype).requires_grad_(gradient)
+def _norms(network: Network, last: bool) -> Iterator[KernelCase]:
+    """The norms of a residual block, first and second, and of the last block of a stage."""
+    for students in STUDENTS:
+        for stage, name in ((network.shallow, "shallowest"), (network.deep, "deepest"))[: 2 if students == 2 else 1]:
+            for what in ("", " + x", " + x, attention") if students == 2 else (" + x",):
+                yield network.case(
+                    "batch_norm_act",
+                    f"{name} S={students}{what}",
+                    inputs.normed(stage, students, "x" in what, network.batch, last),
+                    inputs.norm_act(students if "attention" in what else None),
+                    last and students == 2 and what == " + x",
+                    last=last,
+                )
 
 
-def _maps(shapes: Sequence[tuple[int, int]], batch: int, channels_last: bool, *, gradients: int) -> Callable:
-    """Feature maps, rectified as networks give them; the first ones require gradients."""
-
-    def make(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-        made = [torch.randn(batch, c, n, n, device=device).relu().to(dtype) for c, n in shapes]
-        if channels_last:
-            made = [x.contiguous(memory_format=torch.channels_last) for x in made]
-        return [x.requires_grad_(i < gradients) for i, x in enumerate(made)]
-
-    return make
-
-
-def _with_weight(shape: tuple[int, int], students: int, batch: int, channels_last: bool) -> Callable:
-    maps = _maps([shape] * students, batch, channels_last, gradients=students)
-    weight = (shape[0], students * shape[0], 1, 1)
-    return lambda device, dtype: [*maps(device, dtype), _normal(weight, device, dtype, True)]
-
-
-def _aggregate(shape: tuple[int, int], count: int, batch: int, channels_last: bool) -> Callable:
-    """A student's map, frozen teacher maps, and their weights."""
-    maps = _maps([shape] * (count + 1), batch, channels_last, gradients=1)
-    return lambda device, dtype: [
-        *maps(device, dtype),
-        torch.rand(count, device=device).softmax(0).requires_grad_(),
-    ]
-
-
-def _norm(channels: int, device: torch.device) -> list[Tensor]:
-    affine = [torch.rand(channels, device=device).add(0.5).requires_grad_() for _ in range(2)]
-    return [*affine, torch.zeros(channels, device=device), torch.ones(channels, device=device)]
-
-
-def _fusion(shape: tuple[int, int], students: int, batch: int, channels_last: bool) -> Callable:
-    maps = _maps([shape] * students, batch, channels_last, gradients=0)
-    channels = shape[0]
-
-    def make(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-        depthwise = _normal((students * channels, 1, 3, 3), device, dtype, True)
-        pointwise = _normal((channels, students * channels, 1, 1), device, dtype, True)
-        norms = [*_norm(students * channels, device), *_norm(channels, device)]
-        return [*maps(device, dtype), depthwise, pointwise, *norms]
-
-    return make
-
-
-def _fuse(tensors: Sequence[Tensor], backend: str) -> tuple[Tensor, ...]:
-    *maps, depthwise, pointwise = tensors[:-8]
-    first, second = (functional.BatchNorm(*four, True) for four in (tensors[-8:-4], tensors[-4:]))
-    return tuple(functional.concat_fuse(maps, depthwise, first, pointwise, second, backend=backend))
-
-
-def _normed(shape: tuple[int, int], students: int, residual: bool, batch: int, channels_last: bool) -> Callable:
-    """A stacked map, perhaps a residual, and a norm."""
-    channels, height = students * shape[0], shape[1]
-    maps = _maps([(channels, height)] * (1 + residual), batch, channels_last, gradients=2)
-    return lambda device, dtype: [*maps(device, dtype), *_norm(channels, device)]
-
-
-def _norm_act(attention_groups: int | None) -> Call:
-    def call(tensors: Sequence[Tensor], backend: str) -> tuple[Tensor, ...]:
-        x, *residual = tensors[:-4]
-        found = functional.batch_norm_act(
-            x,
-            functional.BatchNorm(*tensors[-4:], True),
-            residual=residual[0] if residual else None,
-            attention_groups=attention_groups,
-            backend=backend,
-        )
-        return found[:1] if attention_groups is None else tuple(found)
-
-    return call
-
-
-def _chains(stages: Sequence[tuple[int, int]], count: int, batch: int, channels_last: bool) -> Callable:
-    """Deep maps, then, transform after transform, what its stages hold."""
-    deep = _maps([stages[-1]] * count, batch, channels_last, gradients=0)
-
-    def make(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-        made = deep(device, dtype)
-        for _ in range(count):
-            for (wide, _), (narrow, _) in zip(stages[::-1], stages[-2::-1], strict=False):
-                made += [_normal((wide, narrow, 3, 3), device, dtype, True), *_norm(narrow, device)]
-        return made
-
-    return make
-
-
-def _transforms(count: int, *, attention: bool = False, shifted: bool = False) -> Call:
-    """FFSD's transforms in training, or as they make targets: on running statistics, attention maps alone.
-
-    A shift is a channel of the deep map: as large as any other.
-    """
-
-    def call(tensors: Sequence[Tensor], backend: str) -> tuple[Tensor, ...]:
-        deep, rest = list(tensors[:count]), tensors[count:]
-        stages = [
-            functional.Stage(rest[i], functional.BatchNorm(*rest[i + 1 : i + 5], not attention))
-            for i in range(0, len(rest), 5)
-        ]
-        length = len(stages) // count
-        chains = [stages[t * length : (t + 1) * length] for t in range(count)]
-        shift = [x[:, 0] for x in deep] if shifted else None
-        found = functional.deep_to_shallow(deep, chains, attention=attention, shift=shift, backend=backend)
-        return tuple(y for maps in found for y in maps)
-
-    return call
-
-
-def _logits(classes: int, heads: int, batch: int) -> Callable:
-    def make(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-        labels = torch.randint(classes, (batch,), device=device)
-        weights = torch.rand(heads, heads + 1, device=device)
-        return [*(_normal((batch, classes), device, dtype, True) for _ in range(heads)), labels, weights]
-
-    return make
-
-
-def _heads(tensors: Sequence[Tensor], backend: str, **options: Any) -> tuple[Tensor, ...]:
-    """FFSD's heads: peers, the fused head from the ensemble, the leader from the fused head."""
-    *logits, labels, _ = tensors
-    students = len(logits) - 2
-    teachers = [[j for j in range(students) if j != i] for i in range(students)]
-    teachers += [[functional.ENSEMBLE], [students]]
-    found = functional.peer_kl_ce(
-        logits, labels, temperature=2.0, teachers=teachers, ensemble=range(students), backend=backend, **options
+def _fusion(network: Network, last: bool) -> Iterator[KernelCase]:
+    """The fusion module, its 1x1 product alone, and fusion with trans-fusion as a step runs them."""
+    deep, batch = network.deep, network.batch
+    # A norm that is applied on load, and the statistics of the next one.
+    normed = inputs.affine(deep, 2, batch, last)
+    yield network.case(
+        "concat_conv1x1", "deepest S=2 scale, shift, statistics", normed, inputs.affine_product, last, last=last
     )
-    return tuple(found)
+    for students in STUDENTS:
+        name, quick = f"deepest S={students}", last and students == 2
+        weighted = inputs.with_weight(deep, students, batch, last)
+        yield network.case("concat_conv1x1", name, weighted, inputs.product, quick, last=last)
+        both = inputs.fusion_and_mirror(deep, students, batch, last)
+        yield network.case("concat_fuse", f"{name} and mirror", both, inputs.fuse_and_mirror, quick, last=last)
+        alone = inputs.fusion(deep, students, batch, last)
+        yield network.case("concat_fuse", name, alone, inputs.fuse, quick, last=last)
 
 
-def _weighted_heads(tensors: Sequence[Tensor], backend: str) -> tuple[Tensor, ...]:
-    return _heads(tensors, backend, weights=tensors[-1], label_smoothing=0.1)
+def _groups(network: Network, last: bool) -> Iterator[KernelCase]:
+    """As many maps as a group has blocks in WRN-28, ResNet-56 and ResNet-110."""
+
+    def call(t: Sequence[Tensor], b: str) -> Tensor:
+        return functional.aggregate_distance(t[1:-1], t[-1], t[0], backend=b)
+
+    shallow, deep = (network.shallow, "shallowest"), (network.deep, "deepest")
+    for count, (stage, name) in ((4, shallow), (9, deep), (18, deep)):
+        made = inputs.aggregate(stage, count, network.batch, last)
+        yield network.case("aggregate_distance", f"{name} N={count}", made, call, last and count == 4, last=last)
 
 
-def _images(network: str, batch: int) -> Callable:
-    size = 32 if network == "cifar" else 224
+def _diversity(network: Network, last: bool) -> Iterator[KernelCase]:
+    def loss(t: Sequence[Tensor], b: str) -> Tensor:
+        return functional.diversity_loss(t[0], t[1], backend=b)
 
-    def make(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-        images = torch.randint(256, (2 * batch, size, size, 3), device=device, dtype=torch.uint8)
-        draws = [torch.randint(2 * batch, (batch,), device=device), torch.randint(9, (batch, 2), device=device)]
-        statistics = [torch.rand(3, device=device), torch.rand(3, device=device) + 0.1]
-        return [images, *draws, torch.rand(batch, device=device) < 0.5, *statistics, torch.empty(0, dtype=dtype)]
+    def target(t: Sequence[Tensor], b: str) -> Tensor:
+        return functional.diversity_target(t[0], backend=b)
 
-    return make
+    def both(t: Sequence[Tensor], b: str) -> Tensor:
+        return functional.diversity(t[: len(t) // 2], t[len(t) // 2 :], backend=b)[0]
+
+    two, one = (network.maps([network.deep] * n, last, gradients=n - 1) for n in (2, 1))
+    yield network.case("diversity_target", "loss", two, loss, last, last=last)
+    yield network.case("diversity_target", "target", one, target, False, last=last)
+    for students in STUDENTS:
+        made = network.maps([network.deep] * (2 * students - 2), last, gradients=students - 1)
+        name = f"loss and target S={students}"
+        yield network.case("diversity_target", name, made, both, last and students == 2, last=last)
 
 
-def _augment(channels_last: bool) -> Call:
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+def _transforms(network: Network, last: bool) -> Iterator[KernelCase]:
+    chains = inputs.chains(network.stages, 2, network.batch, last)
+    for name, options, quick in (
+        ("all stages", {}, last),
+        ("attention", {"attention": True}, last),
+        ("attention of shifted maps", {"attention": True, "shifted": True}, False),
+    ):
+        call = inputs.transforms(2, **options)
+        yield network.case("deep_to_shallow", f"two transforms, {name}", chains, call, quick, last=last)
 
-    def call(tensors: Sequence[Tensor], backend: str) -> Tensor:
-        images, indices, offsets, flips, mean, std, like = tensors
-        return functional.augment(
-            images,
-            indices,
-            offsets,
-            flips,
-            mean=mean,
-            std=std,
-            padding=4,
-            dtype=like.dtype,
-            memory_format=memory_format,
-            backend=backend,
-        )
 
-    return call
+def _augment(network: Network, last: bool) -> Iterator[KernelCase]:
+    size = 32 if network.name == "cifar" else 224
+    yield network.case("augment", "", inputs.images(size, network.batch), inputs.augmented(last), last, last=last)
+
+
+def _heads(network: Network) -> Iterator[KernelCase]:
+    for students in STUDENTS:
+        made = inputs.logits(CLASSES[network.name], students + 2, network.batch)
+        yield network.case("peer_kl_ce", f"S={students}", made, inputs.heads, students == 2)
+        yield network.case("peer_kl_ce", f"S={students} smoothed and weighted", made, inputs.weighted_heads, False)

@@ -84,10 +84,11 @@ def _part(chosen: list[KernelCase], part: str | None) -> list[KernelCase]:
     return chosen[int(index) - 1 :: int(count)]
 
 
-def _measure(
-    case: KernelCase, name: str, dtype: torch.dtype, device: torch.device, options: argparse.Namespace, copy_rate: float
-) -> tuple[list[tuple[dict[str, Value], Timing]], set[str]]:
-    providers = {"reference": lambda t: case.call(t, "reference")}
+def providers_of(
+    case: KernelCase, dtype: torch.dtype, device: torch.device
+) -> tuple[dict[str, Callable[[Sequence[Tensor]], object]], set[str]]:
+    """What runs a case, by name, and which backends are left out, with the reason."""
+    providers: dict[str, Callable] = {"reference": lambda t: case.call(t, "reference")}
     # Compiled once per case: its own recompilations would otherwise end in eager code after eight shapes.
     torch._dynamo.reset()
     providers["compile"] = torch.compile(lambda t: case.call(t, "reference"), dynamic=False)
@@ -98,17 +99,30 @@ def _measure(
             providers[f"fastfuse {backend}"] = lambda t, b=backend: case.call(t, b)
         else:
             missing.add(f"{case.op} left out on backend {backend}: {reason}")
-    tensors = case.make(device, dtype)
-    _agree(case, providers, tensors)
-    copies = [tensors]
+    return providers, missing
+
+
+def copies_of(case: KernelCase, dtype: torch.dtype, device: torch.device) -> list[list[Tensor]]:
+    """A case's tensors, on a GPU so many times that no call finds its own in the cache."""
+    copies = [case.make(device, dtype)]
     if device.type == "cuda":
-        needed = ROTATED_BYTES / max(sum(x.nbytes for x in tensors), 1)
+        needed = ROTATED_BYTES / max(sum(x.nbytes for x in copies[0]), 1)
         copies += [case.make(device, dtype) for _ in range(min(math.ceil(needed), 64) - 1)]
+    return copies
+
+
+def _measure(
+    case: KernelCase, name: str, dtype: torch.dtype, device: torch.device, options: argparse.Namespace, copy_rate: float
+) -> tuple[list[tuple[dict[str, Value], Timing]], set[str]]:
+    providers, missing = providers_of(case, dtype, device)
+    copies = copies_of(case, dtype, device)
+    tensors = copies[0]
+    agree(case, providers, tensors)
     found = []
     for mode in MODES:
         if mode == "backward" and not any(x.requires_grad for x in tensors):
             continue
-        calls = {p: _call(function, copies, mode, device) for p, function in providers.items()}
+        calls = {p: one_pass(function, copies, mode, device) for p, function in providers.items()}
         peaks = {p: _peak(call, device) for p, call in calls.items()}
         timings = measure_in_turn(calls, repeats=options.repeats, calls=1, warmup=1, device=device)
         medians = {p: timing.median / len(copies) for p, timing in timings.items()}
@@ -145,7 +159,7 @@ def _forward_backward(function: Callable, tensors: Sequence[Tensor]) -> tuple[li
     return outputs, [g for g in gradients if g is not None]
 
 
-def _agree(case: KernelCase, providers: dict[str, Callable], tensors: list[Tensor]) -> None:
+def agree(case: KernelCase, providers: dict[str, Callable], tensors: list[Tensor]) -> None:
     """No speed of a wrong answer: outputs and gradients of all providers against the reference's in eager."""
     wanted, gradients = _forward_backward(providers["reference"], tensors)
     for name, function in providers.items():
@@ -155,7 +169,7 @@ def _agree(case: KernelCase, providers: dict[str, Callable], tensors: list[Tenso
                 raise AssertionError(f"{case.op} {case.shape}: {name} differs from the reference by {error:.1e}")
 
 
-def _call(function: Callable, copies: list[list[Tensor]], mode: str, device: torch.device) -> Callable[[], object]:
+def one_pass(function: Callable, copies: list[list[Tensor]], mode: str, device: torch.device) -> Callable[[], object]:
     """One pass over all copies of the inputs; a captured graph on a GPU, so that launch gaps do not count."""
     if mode == "forward":
 
@@ -185,6 +199,8 @@ def _call(function: Callable, copies: list[list[Tensor]], mode: str, device: tor
 
 
 def _prepared(function: Callable, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    # A forward updates running statistics in place, which the backward of another provider has saved.
+    tensors = [x if x.requires_grad else x.clone() for x in tensors]
     outputs = function(tensors)
     outputs = [outputs] if isinstance(outputs, Tensor) else outputs
     wanted = [x for x in outputs if x is not None and x.requires_grad]

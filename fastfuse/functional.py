@@ -5,7 +5,14 @@ from fastfuse.kernels.aggregate_distance.op import aggregate_distance
 from fastfuse.kernels.attention_mse.op import attention_map, attention_mse
 from fastfuse.kernels.augment.op import augment, normalize
 from fastfuse.kernels.batch_norm_act.op import BatchNormAct, batch_norm_act
-from fastfuse.kernels.concat_fuse.op import ConcatFuse, Fusion, concat_conv1x1, concat_fuse, concat_fuse_all
+from fastfuse.kernels.concat_fuse.op import (
+    ConcatConv1x1,
+    ConcatFuse,
+    Fusion,
+    concat_conv1x1,
+    concat_fuse,
+    concat_fuse_all,
+)
 from fastfuse.kernels.deep_to_shallow.op import Stage, deep_to_shallow
 from fastfuse.kernels.diversity_target.op import diversity, diversity_loss, diversity_target
 from fastfuse.kernels.feature_kl.op import feature_kl
@@ -17,6 +24,7 @@ __all__ = [
     "ENSEMBLE",
     "BatchNorm",
     "BatchNormAct",
+    "ConcatConv1x1",
     "ConcatFuse",
     "FeatureAttention",
     "Fusion",

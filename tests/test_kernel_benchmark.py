@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks import kernels, run
-from benchmarks.kernel_cases import cases
+from benchmarks.kernel_cases import KernelCase, cases
 
 
 def test_every_op_has_a_cifar_and_an_imagenet_case_in_the_short_list():
@@ -51,3 +51,17 @@ def test_no_speed_of_a_wrong_answer(one_small_case, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: lambda tensors: function(tensors) * 1.1)
     with pytest.raises(AssertionError, match="compile differs from the reference"):
         run.main(["--suite", "kernels", "--quick", "--device", "cpu"])
+
+
+def test_what_a_forward_changes_in_place_is_every_providers_own(monkeypatch):
+    """Running statistics: the compiled backward of batch norm saves them, and the next provider's forward writes."""
+    case = KernelCase(
+        "feature_mse",
+        "in place",
+        lambda device, dtype: [torch.randn(3, dtype=dtype, requires_grad=True), torch.ones(3, dtype=dtype)],
+        lambda tensors, backend: tensors[0] * tensors[1].mul_(1),
+        quick=True,
+    )
+    monkeypatch.setattr(kernels, "cases", lambda: [case])
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    assert run.main(["--suite", "kernels", "--quick", "--device", "cpu"]) == 0

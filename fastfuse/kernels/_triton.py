@@ -65,9 +65,11 @@ def empty_map(
 ) -> Tensor:
     """An uninitialised map [B, channels, *size], by default as `like` in each of these, that kernels can address.
 
-    Channels-last where `like` is so and not contiguous as well, else contiguous.
+    Channels-last where `like` is so, or a slice of the channels of such a map, and not contiguous as well; else
+    contiguous.
     """
-    last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+    dense = like.is_contiguous(memory_format=torch.channels_last)
+    last = (dense or like.stride(1) == 1 < like.stride(3)) and not like.is_contiguous()
     shape = like.shape[0], like.shape[1] if channels is None else channels, *(like.shape[2:] if size is None else size)
     memory_format = torch.channels_last if last else torch.contiguous_format
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format)

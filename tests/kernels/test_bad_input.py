@@ -28,6 +28,10 @@ def fuse(features=(X, X), depthwise=(6, 1, 3, 3), norm1=None, pointwise=(2, 6, 1
     return ff.concat_fuse(features, maps(*depthwise), norm1 or norm(6), maps(*pointwise), norm2 or norm(2))
 
 
+def product(scale=None, shift=None, **options):
+    return ff.concat_conv1x1([X, X], maps(2, 6, 1, 1), scale=scale, shift=shift, **options)
+
+
 def stage(deep=3, shallow=2, kernel=3, norm_channels=None):
     return ff.Stage(maps(deep, shallow, kernel, kernel), norm(norm_channels or shallow))
 
@@ -164,6 +168,15 @@ FUSION = [
     refused("1x1: no map", lambda: ff.concat_conv1x1([], maps(2, 6, 1, 1)), "features must hold at least one map"),
     refused("1x1: weight", lambda: ff.concat_conv1x1([X], maps(2, 6, 1, 1)), "weight must have shape [2, 3, 1, 1]"),
     refused("1x1: a 3x3 weight", lambda: ff.concat_conv1x1([X], maps(2, 3, 3, 3)), "weight must have shape"),
+    refused("1x1: one map unstacked", lambda: ff.concat_conv1x1(X, maps(2, 3, 1, 1)), "features[0] must have 4 dim"),
+    refused("1x1: a scale alone", lambda: product(scale=maps(6)), "given together, shift is missing; give both or"),
+    refused("1x1: a shift alone", lambda: product(shift=maps(6)), "given together, scale is missing; give both or"),
+    refused("1x1: scale of one map", lambda: product(maps(3), maps(6)), "scale must have shape [6] for these features"),
+    refused("1x1: shift that broadcasts", lambda: product(maps(6), maps(1)), "shift must have shape [6]"),
+    refused("1x1: scale as a map", lambda: product(maps(6, 1, 1), maps(6)), "scale must have 1 dimensions"),
+    refused("1x1: scale as a number", lambda: product(1.0, maps(6)), "scale must be a tensor, not float", TypeError),
+    refused("1x1: integers", lambda: product(maps(6), maps(6).long()), "shift must be a floating-point", TypeError),
+    refused("1x1: shift elsewhere", lambda: product(maps(6), maps(6, device="meta")), "shift is on meta"),
 ]
 TRANSFORM = [
     refused("no stage", lambda: ff.deep_to_shallow(X, []), "stages must hold at least one"),

@@ -1,5 +1,7 @@
 """The Triton kernels of concat_conv1x1 against its reference: values, gradients, layouts, schemas, compilation."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -98,11 +100,12 @@ def test_closed_form_equals_autograd(channels, outputs, batch, size, memory_form
     maps, weight, grad = draw(channels, outputs, batch, size, torch.float64, [memory_format] * len(channels))
     out, *gradients = evaluate(reference.concat_conv1x1, maps, weight, grad)
     detached = [x.detach() for x in maps]
-    assert relative_l2(closed_form.concat_conv1x1_fwd(detached, weight.detach()), out) <= 1e-12
-    found = closed_form.concat_conv1x1_bwd(grad, detached, weight.detach(), [True] * len(maps), True)
+    assert relative_l2(closed_form.concat_conv1x1_fwd(detached, weight.detach())[0], out) <= 1e-12
+    given = [grad], [], detached, weight.detach(), []
+    found = closed_form.concat_conv1x1_bwd(*given, [True] * (len(maps) + 1))
     for ours, expected in zip([found[-1], *found[:-1]], gradients, strict=True):
         assert relative_l2(ours, expected) <= 1e-12
-    only = closed_form.concat_conv1x1_bwd(grad, detached, weight.detach(), [False] * (len(maps) - 1) + [True], False)
+    only = closed_form.concat_conv1x1_bwd(*given, [*[False] * (len(maps) - 1), True, False])
     assert len(only) == 1 and torch.equal(only[0], found[-2])
 
 
@@ -112,12 +115,11 @@ def test_schemas_hold(formats, interpreter, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", interpreter)
     maps, weight, grad = draw((3, 2), 4, 2, (5, 3), torch.float32, formats)
     maps, weight = [x.detach() for x in maps], weight.detach()
-    torch.library.opcheck(torch.ops.fastfuse.concat_conv1x1_fwd.default, (maps, weight))
-    for needs in ([True, True], [False, True], [False, False]):
-        for needs_weight in (True, False):
-            arguments = grad, maps, weight, needs, needs_weight
-            torch.library.opcheck(torch.ops.fastfuse.concat_conv1x1_bwd.default, arguments)
-            assert len(torch.ops.fastfuse.concat_conv1x1_bwd(*arguments)) == sum(needs) + needs_weight
+    torch.library.opcheck(torch.ops.fastfuse.concat_conv1x1_fwd.default, (maps, weight, [], False))
+    for needs in product([True, False], repeat=3):
+        arguments = [grad], [], maps, weight, [], needs
+        torch.library.opcheck(torch.ops.fastfuse.concat_conv1x1_bwd.default, arguments)
+        assert len(torch.ops.fastfuse.concat_conv1x1_bwd(*arguments)) == sum(needs)
 
 
 def test_compiled_equals_eager():
@@ -138,10 +140,10 @@ def test_only_needed_gradients_are_computed(needed, monkeypatch):
     seen = []
     backward = torch.ops.fastfuse.concat_conv1x1_bwd
     monkeypatch.setattr(
-        torch.ops.fastfuse, "concat_conv1x1_bwd", lambda *arguments: seen.append(arguments[3:]) or backward(*arguments)
+        torch.ops.fastfuse, "concat_conv1x1_bwd", lambda *arguments: seen.append(arguments[-1]) or backward(*arguments)
     )
     on_triton(tensors[1:], tensors[0]).backward(grad)
-    assert [(list(needs), weight) for needs, weight in seen] == [(list(needed[1:]), needed[0])]
+    assert seen == [[*needed[1:], needed[0]]]
     assert [x.grad is not None for x in tensors] == list(needed)
 
 

@@ -20,6 +20,23 @@ def test_concat_conv1x1(channels):
     agrees(functional.concat_conv1x1(features, weight), slow)
 
 
+@pytest.mark.parametrize("channels", [(3,), (1, 4, 2)], ids=["one map", "three widths"])
+def test_concat_conv1x1_with_scale_shift_and_statistics(channels):
+    features, weight = [draw(2, c, 3, 4) for c in channels], draw(5, sum(channels), 1, 1)
+    scale, shift = draw(sum(channels)), draw(sum(channels))
+    slow = np.zeros((2, 5, 3, 4))
+    for b, o, i, j in np.ndindex(*slow.shape):
+        values = [float(f[b, c, i, j]) for f in features for c in range(f.shape[1])]
+        taken = [max(float(scale[c]) * v + float(shift[c]), 0) for c, v in enumerate(values)]
+        slow[b, o, i, j] = sum(float(weight[o, c, 0, 0]) * v for c, v in enumerate(taken))
+    found = functional.concat_conv1x1(features, weight, scale=scale, shift=shift, statistics=True)
+    agrees(found.out, slow)
+    assert found.count == 24
+    means = [sum(slow[:, o].ravel()) / 24 for o in range(5)]
+    agrees(found.mean, means)
+    agrees(found.var, [sum((v - m) ** 2 for v in slow[:, o].ravel()) / 24 for o, m in enumerate(means)])
+
+
 def slow_norm(x, norm):
     """Batch norm of [B, C, H, W], and the running statistics afterwards."""
     mean, var = norm.running_mean.numpy().copy(), norm.running_var.numpy().copy()

@@ -9,55 +9,71 @@ from torch import Tensor
 
 from fastfuse.kernels import _library
 from fastfuse.kernels._autograd import first_derivatives_only
-from fastfuse.kernels._triton import empty_map
 from fastfuse.kernels.concat_fuse import closed_form, layout
 
 
-def _conv1x1_fwd_fake(features: Sequence[Tensor], weight: Tensor) -> Tensor:
-    return empty_map(features[0], weight.shape[0])
+def _conv1x1_fwd_fake(
+    features: Sequence[Tensor], weight: Tensor, affine: Sequence[Tensor], statistics: bool
+) -> list[Tensor]:
+    return layout.product_results(features, weight, statistics)
 
 
 def _conv1x1_bwd_fake(
-    grad: Tensor, features: Sequence[Tensor], weight: Tensor, needs_features: Sequence[bool], needs_weight: bool
-) -> list[Tensor]:
-    found = [empty_map(x) for x, needed in zip(features, needs_features, strict=True) if needed]
-    return [*found, torch.empty_like(weight)] if needs_weight else found
+    cotangents: Sequence[Tensor | None], kept: Sequence[Tensor], features: Sequence[Tensor], weight: Tensor,
+    affine: Sequence[Tensor], needs: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    return [x for x in layout.empty_product_gradients(features, weight, affine, needs) if x is not None]
 
 
+# affine: scale and shift, or nothing. The results are the map and, with statistics, its mean and biased variance; the
+# cotangents are theirs, and the map and its mean are kept then. Gradients: of maps, weight, scale, shift.
 _library.define(
     "concat_conv1x1_fwd",
-    "(Tensor[] features, Tensor weight) -> Tensor",
+    "(Tensor[] features, Tensor weight, Tensor[] affine, bool statistics) -> Tensor[]",
     fake=_conv1x1_fwd_fake,
     closed_form=closed_form.concat_conv1x1_fwd,
-    launcher="fastfuse.kernels.concat_fuse.triton_kernels:launch_fwd",
+    launcher="fastfuse.kernels.concat_fuse.triton_products:launch_fwd",
 )
 _library.define(
     "concat_conv1x1_bwd",
-    "(Tensor grad, Tensor[] features, Tensor weight, bool[] needs_features, bool needs_weight) -> Tensor[]",
+    "(Tensor?[] cotangents, Tensor[] kept, Tensor[] features, Tensor weight, Tensor[] affine, bool[] needs)"
+    " -> Tensor[]",
     fake=_conv1x1_bwd_fake,
     closed_form=closed_form.concat_conv1x1_bwd,
-    launcher="fastfuse.kernels.concat_fuse.triton_kernels:launch_bwd",
+    launcher="fastfuse.kernels.concat_fuse.triton_products:launch_bwd",
 )
 
 
 class ConcatConv1x1(torch.autograd.Function):
-    """1x1 convolution of S maps [B, C_s, H, W] by a weight [C_out, C, 1, 1]; saves its inputs."""
+    """1x1 convolution of S maps [B, C_s, H, W] by a weight [C_out, C, 1, 1]; saves its inputs.
+
+    With statistics the result and its mean are saved too: the gradients of mean and variance need them.
+    """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, *features: Tensor) -> Tensor:
-        """[B, C_out, H, W]."""
-        ctx.save_for_backward(weight, *features)
-        return torch.ops.fastfuse.concat_conv1x1_fwd(features, weight)
+    def forward(
+        ctx: Any, statistics: bool, weight: Tensor, scale: Tensor | None, shift: Tensor | None, *features: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The map [B, C_out, H, W] and, with statistics, its mean and biased variance [C_out]."""
+        affine = [] if scale is None else [scale, shift]
+        found = torch.ops.fastfuse.concat_conv1x1_fwd(features, weight, affine, statistics)
+        ctx.counts = len(found[:2]) if statistics else 0, len(affine)
+        ctx.save_for_backward(*found[: ctx.counts[0]], *affine, weight, *features)
+        ctx.set_materialize_grads(False)
+        return tuple(found)
 
     @staticmethod
     @first_derivatives_only
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the weight and of each map, where needed."""
-        weight, *features = ctx.saved_tensors
-        needs_weight, *needs = ctx.needs_input_grad
-        found = iter(torch.ops.fastfuse.concat_conv1x1_bwd(grad, features, weight, needs, needs_weight))
-        gradients = [next(found) if needed else None for needed in needs]
-        return (next(found) if needs_weight else None, *gradients)
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of the weight, scale, shift and each map, where needed."""
+        kept, affine, (weight, *features) = _split(ctx.saved_tensors, *ctx.counts)
+        _, needs_weight, *needs_affine = ctx.needs_input_grad[:4]
+        needs = [*ctx.needs_input_grad[4:], needs_weight, *needs_affine[: len(affine)]]
+        if all(x is None for x in cotangents):
+            return (None,) * len(ctx.needs_input_grad)
+        found = iter(torch.ops.fastfuse.concat_conv1x1_bwd(cotangents, kept, features, weight, affine, needs))
+        of_maps = [next(found) if needed else None for needed in ctx.needs_input_grad[4:]]
+        return None, *[next(found) if needed else None for needed in ctx.needs_input_grad[1:4]], *of_maps
 
 
 def _fuse_fwd_fake(

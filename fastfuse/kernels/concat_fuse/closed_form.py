@@ -10,31 +10,74 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastfuse.kernels._numerics import accumulate
-from fastfuse.kernels._triton import empty_map
 from fastfuse.kernels.concat_fuse import layout
 from fastfuse.kernels.concat_fuse.layout import Module, Norm
 
 
-def concat_conv1x1_fwd(features: Sequence[Tensor], weight: Tensor) -> Tensor:
-    """Sum over maps of each map's own slice of the 1x1 convolution."""
+def concat_conv1x1_fwd(
+    features: Sequence[Tensor], weight: Tensor, affine: Sequence[Tensor] = (), statistics: bool = False
+) -> list[Tensor]:
+    """Sum over maps of each map's own slice of the 1x1 convolution; mean and biased variance too if asked for."""
+    found = layout.product_results(features, weight, statistics)
+    loaded = [x if a is None else _loaded(x, *a) for x, a in zip(features, _per_map(features, affine), strict=True)]
     slices = weight.to(features[0].dtype).split([x.shape[1] for x in features], 1)
-    total = sum(functional.conv2d(x, w) for x, w in zip(features, slices, strict=True))
-    return empty_map(features[0], weight.shape[0]).copy_(total)
+    found[0].copy_(sum(functional.conv2d(x, w) for x, w in zip(loaded, slices, strict=True)))
+    if statistics:
+        wide = accumulate(found[0])
+        mean = found[1].copy_(wide.mean((0, 2, 3)))
+        found[2].copy_((wide - _column(mean)).square().mean((0, 2, 3)))
+    return found
+
+
+def _per_map(features: Sequence[Tensor], affine: Sequence[Tensor]) -> Sequence[tuple[Tensor, ...] | None]:
+    """Scale and shift of each map's channels."""
+    widths = [x.shape[1] for x in features]
+    return list(zip(*(v.split(widths) for v in affine), strict=True)) if affine else [None] * len(features)
+
+
+def _loaded(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return (accumulate(x) * _column(scale) + _column(shift)).relu().to(x.dtype)
 
 
 def concat_conv1x1_bwd(
-    grad: Tensor, features: Sequence[Tensor], weight: Tensor, needs_features: Sequence[bool], needs_weight: bool
-) -> list[Tensor]:
-    """Gradients of the maps that need one, in order, then the weight's if it is needed."""
-    found = []
-    slices = weight.to(grad.dtype).split([x.shape[1] for x in features], 1)
-    for x, w, needed in zip(features, slices, needs_features, strict=True):
-        if needed:
-            found.append(empty_map(x).copy_(functional.conv2d(grad, w.transpose(0, 1))))
-    if needs_weight:
-        parts = [torch.einsum("bohw,bchw->oc", grad, x) for x in features]
-        found.append(torch.empty_like(weight).copy_(torch.cat(parts, 1)[:, :, None, None]))
-    return found
+    cotangents: Sequence[Tensor | None], kept: Sequence[Tensor], features: Sequence[Tensor], weight: Tensor,
+    affine: Sequence[Tensor], needs: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """Gradients that are needed of the maps, the weight, scale and shift, in this order.
+
+    The gradients of mean m and variance v reach each of n values y of a channel as (dm + 2 dv (y - m)) / n.
+    """
+    grad, of_mean, of_var = (*cotangents, None, None)[:3]
+    if of_mean is not None or of_var is not None:
+        grad = _with_statistics(grad, of_mean, of_var, *kept)
+    found = layout.empty_product_gradients(features, weight, affine, needs)
+    of_loaded: list[tuple] = []
+    own = zip(features, weight.to(grad.dtype).split([x.shape[1] for x in features], 1), strict=True)
+    for (x, w), vectors in zip(own, _per_map(features, affine), strict=True):
+        g = functional.conv2d(grad, w.transpose(0, 1))
+        if vectors is None:
+            of_loaded.append((x, g))
+            continue
+        scale, shift = map(_column, vectors)
+        g = torch.where(accumulate(x) * scale + shift <= 0, 0, accumulate(g))
+        of_loaded.append((_loaded(x, *vectors), g * scale, (g * x).sum((0, 2, 3)), g.sum((0, 2, 3))))
+    loaded, *gradients = zip(*of_loaded, strict=True)
+    of_weight = torch.cat([torch.einsum("bohw,bchw->oc", grad, x) for x in loaded], 1)[:, :, None, None]
+    values = [*gradients[0], of_weight, *map(torch.cat, gradients[1:])]
+    return [x.copy_(value) for x, value in zip(found, values, strict=True) if x is not None]
+
+
+def _with_statistics(
+    grad: Tensor | None, of_mean: Tensor | None, of_var: Tensor | None, out: Tensor, mean: Tensor
+) -> Tensor:
+    wide = accumulate(out)
+    count = max(out.numel() // max(out.shape[1], 1), 1)
+    total = torch.zeros_like(wide) if grad is None else accumulate(grad)
+    if of_mean is not None:
+        total = total + _column(of_mean) / count
+    if of_var is not None:
+        total = total + (wide - _column(mean)) * _column(of_var) * (2 / count)
+    return total.to(out.dtype)
 
 
 def concat_fuse_fwd(
@@ -54,7 +97,7 @@ def _forward(
     statistics1: Tensor, statistics2: Tensor,
 ) -> None:  # fmt: skip
     hidden.copy_(_normalise(_filtered(module), module.norm1, statistics1).relu())
-    pre.copy_(concat_conv1x1_fwd([hidden], module.pointwise))
+    pre.copy_(concat_conv1x1_fwd([hidden], module.pointwise)[0])
     y = _normalise(pre, module.norm2, statistics2).relu().to(pre.dtype)
     wide = accumulate(y)
     wanted = y, wide.square().mean(1), wide.mean((2, 3))
@@ -119,7 +162,9 @@ def _backward(module: Module, cotangents: Sequence[Tensor | None], hidden: Tenso
     if of_pooled is not None:
         g = g + of_pooled[:, :, None, None] / (y.shape[2] * y.shape[3])
     of_pre, of_weight2, of_bias2 = _through_norm(g * (y > 0), x, second)
-    of_hidden, of_pointwise = concat_conv1x1_bwd(of_pre.to(pre.dtype), [hidden], module.pointwise, [True], True)
+    of_hidden, of_pointwise = concat_conv1x1_bwd(
+        [of_pre.to(pre.dtype)], [], [hidden], module.pointwise, [], [True, True]
+    )
     x = _standardise(_filtered(module), first.mean, first.var, first.eps)
     of_filtered, of_weight1, of_bias1 = _through_norm(accumulate(of_hidden) * (hidden > 0), x, first)
     widths = [f.shape[1] for f in module.features]

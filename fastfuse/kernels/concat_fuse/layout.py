@@ -19,6 +19,22 @@ def gradient_of_weight(weight: Tensor) -> Tensor:
     return torch.empty_like(weight) if weight.is_contiguous() else torch.empty_like(weight, memory_format=_PLAIN)
 
 
+def product_results(features: Sequence[Tensor], weight: Tensor, statistics: bool) -> list[Tensor]:
+    """Uninitialised result of a 1x1 product of maps and, if asked for, its mean and biased variance [C_out]."""
+    first, outputs = features[0], weight.shape[0]
+    wide = torch.promote_types(first.dtype, torch.float32)
+    return [empty_map(first, outputs), *(first.new_empty(outputs, dtype=wide) for _ in range(2 * statistics))]
+
+
+def empty_product_gradients(
+    features: Sequence[Tensor], weight: Tensor, affine: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Uninitialised gradients of maps, weight and, where there are any, scale and shift; None if not needed."""
+    makers = [*[empty_map] * len(features), *[torch.empty_like] * (1 + len(affine))]
+    triples = zip(makers, (*features, weight, *affine), needs, strict=True)
+    return [make(x) if needed else None for make, x, needed in triples]
+
+
 class Norm(NamedTuple):
     """One batch norm of a module.
 

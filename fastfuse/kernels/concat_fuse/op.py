@@ -1,7 +1,7 @@
 """Public form of concat_fuse and concat_conv1x1."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from fastfuse.errors import InputError
 from fastfuse.kernels import _dispatch, _extension, _numerics, _triton
 from fastfuse.kernels._numerics import BatchNorm
-from fastfuse.kernels.concat_fuse import autograd, reference
+from fastfuse.kernels.concat_fuse import autograd, checks, reference
 
 _dispatch.register("concat_conv1x1", {"triton": _triton.why_not, "reference": None})
 
@@ -21,6 +21,18 @@ def _why_not_cuda(tensor: Tensor | None) -> str | None:
 
 # Triton first as long as no measured row puts CUDA C++ before it.
 _dispatch.register("concat_fuse", {"triton": _triton.why_not, "cuda": _why_not_cuda, "reference": None})
+
+
+class ConcatConv1x1(NamedTuple):
+    """`out` [B, C_out, H, W]; `mean` and biased `var` [C_out] of its channels, float32 at least, each over `count`.
+
+    M2, the sum of squared differences from the mean, is var * count; of no value at all mean and var are NaN.
+    """
+
+    out: Tensor
+    mean: Tensor
+    var: Tensor
+    count: int
 
 
 class ConcatFuse(NamedTuple):
@@ -47,27 +59,72 @@ class Fusion(NamedTuple):
     pooled: bool = True
 
 
-def concat_conv1x1(features: Sequence[Tensor], weight: Tensor, *, backend: str = "auto") -> Tensor:
+@overload
+def concat_conv1x1(
+    features: Tensor | Sequence[Tensor],
+    weight: Tensor,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    statistics: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def concat_conv1x1(
+    features: Tensor | Sequence[Tensor],
+    weight: Tensor,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    statistics: Literal[True],
+    backend: str = "auto",
+) -> ConcatConv1x1: ...
+
+
+def concat_conv1x1(
+    features: Tensor | Sequence[Tensor],
+    weight: Tensor,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    statistics: bool = False,
+    backend: str = "auto",
+) -> Tensor | ConcatConv1x1:
     """1x1 convolution of the channel concatenation of S maps, without bias.
 
+    With a scale and a shift the convolution takes relu(scale x + shift) in place of x, per channel: a batch norm and
+    its ReLU, which are applied as the maps are read.
+
     Args:
-        features: S maps [B, C_s, H, W] that agree in all but channels.
-        weight: [C_out, sum C_s, 1, 1].
+        features: S maps [B, C_s, H, W] that agree in all but channels, C = sum C_s; or one tensor [S, B, C_s, H, W].
+            Slices of the channels of one stacked map are read where they lie, as any other.
+        weight: [C_out, C, 1, 1].
+        scale, shift: [C] over the channels of all maps, float32 as a rule; both or neither. Their gradients are taken.
+        statistics: whether to give mean and variance of each channel of the result, taken from the unrounded sums.
         backend: "auto", "reference", "triton" or "cuda".
 
     Returns:
-        [B, C_out, H, W].
+        [B, C_out, H, W]; with statistics ConcatConv1x1(out, mean, var, count). Gradients flow through mean and var.
 
     Raises:
-        InputError, TypeError: maps of different batch, size, dtype or device, or a weight of another shape or dtype.
+        InputError, TypeError: maps of different batch, size, dtype or device, a weight of another shape or dtype, one
+            of scale and shift alone, or of another length, or not of floating point.
         BackendUnavailableError: the backend asked for cannot serve here.
     """
     features = list(features)
-    total = _check_features(features)
-    _check_weight("weight", weight, (weight.shape[0], total, 1, 1))
+    total = checks.check_features(features)
+    checks.check_weight("weight", weight, (weight.shape[0], total, 1, 1))
+    checks.check_affine(features[0], total, scale=scale, shift=shift)
     if _dispatch.resolve("concat_conv1x1", backend, features[0]) == "reference":
-        return reference.concat_conv1x1(features, weight)
-    return autograd.ConcatConv1x1.apply(weight, *_as_convolved(features, weight=weight))
+        out = reference.concat_conv1x1(features, weight, scale, shift)
+        found = reference.statistics(out) if statistics else ()
+    else:
+        checks.check_kernel_affine(scale=scale, shift=shift)
+        features = _as_convolved(features, weight=weight)
+        out, *found = autograd.ConcatConv1x1.apply(statistics, weight, scale, shift, *features)
+    return ConcatConv1x1(out, *found, out.shape[0] * out.shape[2] * out.shape[3]) if statistics else out
 
 
 def concat_fuse(
@@ -127,14 +184,14 @@ def concat_fuse_all(modules: Sequence[Fusion], *, backend: str = "auto") -> list
     if not modules:
         raise InputError("modules must hold at least one fusion module")
     for module in modules:
-        _check_module(module)
+        checks.check_module(module)
     served = {_dispatch.resolve("concat_fuse", backend, module.features[0]) for module in modules}
     if served == {"reference"}:
         return [_reference(module) for module in modules]
     backend = "cuda" if served == {"cuda"} else "triton"
     groups: dict[tuple, list[int]] = {}
     for i, module in enumerate(modules):
-        _check_kernel_norms(module.features[0], norm1=module.norm1, norm2=module.norm2)
+        checks.check_kernel_norms(module.features[0], norm1=module.norm1, norm2=module.norm2)
         weights = {"pointwise": module.pointwise, "depthwise": module.depthwise}
         modules[i] = module._replace(features=_as_convolved(module.features, **weights))
         groups.setdefault(_launch_key(modules[i]), []).append(i)
@@ -142,17 +199,6 @@ def concat_fuse_all(modules: Sequence[Fusion], *, backend: str = "auto") -> list
     for members in groups.values():
         found |= zip(members, _kernels([modules[i] for i in members], backend), strict=True)
     return [found[i] for i in range(len(modules))]
-
-
-def _check_module(module: Fusion) -> None:
-    total = _check_features(module.features)
-    depthwise, pointwise = module.depthwise, module.pointwise
-    _check_weight("depthwise", depthwise, (total, 1, 3, 3))
-    _check_weight("pointwise", pointwise, (pointwise.shape[0], total, 1, 1))
-    _numerics.check_batch_norm("norm1", module.norm1, total)
-    _numerics.check_batch_norm("norm2", module.norm2, pointwise.shape[0])
-    if not (module.fused or module.attention or module.pooled):
-        raise InputError("nothing is asked for: set one of fused, attention and pooled")
 
 
 def _reference(module: Fusion) -> ConcatFuse:
@@ -192,23 +238,6 @@ def _kernels(modules: Sequence[Fusion], backend: str) -> list[ConcatFuse]:
     return [ConcatFuse(*given[3 * m : 3 * m + 3]) for m in range(len(modules))]
 
 
-def _check_features(features: list[Tensor]) -> int:
-    if not features:
-        raise InputError("features must hold at least one map")
-    first = features[0]
-    for s, feature in enumerate(features):
-        _numerics.check_floating(f"features[{s}]", feature, (4,))
-        _numerics.check_same_device("features[0]", first, **{f"features[{s}]": feature})
-        if feature.dtype != first.dtype:
-            raise TypeError(f"features[{s}] is {feature.dtype}, features[0] {first.dtype}; convert one of them")
-        if (feature.shape[0], *feature.shape[2:]) != (first.shape[0], *first.shape[2:]):
-            raise InputError(
-                f"features[{s}] {list(feature.shape)} must agree with features[0] {list(first.shape)} "
-                "in all but channels"
-            )
-    return sum(feature.shape[1] for feature in features)
-
-
 def _as_convolved(features: list[Tensor], **weights: Tensor) -> list[Tensor]:
     """The maps in the dtype that torch's own convolution would take them in; kernels cast weights as they read them."""
     device = features[0].device.type
@@ -219,21 +248,3 @@ def _as_convolved(features: list[Tensor], **weights: Tensor) -> list[Tensor]:
             dtypes = f"{name} is {weight.dtype}, features[0] {features[0].dtype}"
             raise TypeError(f"{dtypes}; convert one of them or use autocast")
     return features
-
-
-def _check_kernel_norms(feature: Tensor, **norms: BatchNorm) -> None:
-    """Refuse batch statistics of one value, as torch does, and norms whose vectors a kernel cannot walk through."""
-    for name, norm in norms.items():
-        if norm.training and feature.shape[0] * feature.shape[2] * feature.shape[3] == 1:
-            raise InputError(
-                f"{name} in training mode needs more than one value per channel, features[0] has shape "
-                f"{list(feature.shape)}; use a larger batch or evaluation mode"
-            )
-        for field in ("weight", "bias", "running_mean", "running_var"):
-            if not getattr(norm, field).is_contiguous():
-                raise InputError(f"{name}.{field} must be contiguous for the kernels; call .contiguous() on it")
-
-
-def _check_weight(name: str, weight: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(weight.shape) != shape:
-        raise InputError(f"{name} must have shape {list(shape)} for these features, not {list(weight.shape)}")

@@ -6,12 +6,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastfuse.kernels._numerics import BatchNorm
+from fastfuse.kernels._numerics import BatchNorm, accumulate
 
 
-def concat_conv1x1(features: Sequence[Tensor], weight: Tensor) -> Tensor:
-    """1x1 convolution of the channel concatenation of [B, C_s, H, W] maps."""
-    return functional.conv2d(_concatenated(features), weight)
+def concat_conv1x1(
+    features: Sequence[Tensor], weight: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+) -> Tensor:
+    """1x1 convolution of the channel concatenation of [B, C_s, H, W] maps, taken as relu(scale x + shift) if given."""
+    x = _concatenated(features)
+    if scale is not None and shift is not None:
+        x = torch.relu(accumulate(x) * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+    return functional.conv2d(x, weight)
+
+
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of [B, C, H, W]."""
+    var, mean = torch.var_mean(accumulate(x), (0, 2, 3), correction=0)
+    return mean, var
 
 
 def concat_fuse(

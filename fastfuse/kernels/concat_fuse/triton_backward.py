@@ -12,9 +12,9 @@ from fastfuse.kernels.concat_fuse.triton_fuse import (
     channel_tile,
     convolve,
     filtered,
-    scale_shift_relu,
     standardise,
 )
+from fastfuse.kernels.concat_fuse.triton_kernels import scale_shift_relu
 from fastfuse.kernels.concat_fuse.triton_tables import at
 
 

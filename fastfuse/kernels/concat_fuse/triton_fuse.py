@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from fastfuse.kernels._device import pick, pick_pointer
-from fastfuse.kernels.concat_fuse.triton_kernels import moments
+from fastfuse.kernels.concat_fuse.triton_kernels import scale_shift_relu
+from fastfuse.kernels.concat_fuse.triton_moments import merged_moments, moments
 from fastfuse.kernels.concat_fuse.triton_tables import at, locate
 
 
@@ -20,7 +21,8 @@ def convolve(
 ):  # fmt: skip
     """A 3x3 stencil on the tile that `base` points to; its weights, per channel, begin at `taps`."""
     total = tl.zeros((POSITIONS, CHANNELS), tl.float32)
-    for i in tl.static_range(3):
+    # A row at a time: with all nine elements in flight registers spill.
+    for i in range(3):
         in_row = inside & (row + i >= 1) & (row + i <= height)
         for j in tl.static_range(3):
             there = in_row & (column + j >= 1) & (column + j <= width)
@@ -57,29 +59,6 @@ def filtered(
 
 
 @triton.jit
-def merged_moments(partial, tiles, tile_positions, positions, total_channels, c, present, ROWS: tl.constexpr):
-    """Mean and biased variance from the moments [2, tiles, C] of shares of the positions, in a fixed order."""
-    near = tl.load(partial + c, mask=present, other=0.0)
-    mean, squares = tl.zeros_like(near), tl.zeros_like(near)
-    for start in range(0, tiles, ROWS):
-        tile = start + tl.arange(0, ROWS)
-        count = tl.minimum(positions - tile * tile_positions, tile_positions).to(tl.float32)[:, None]
-        mask = (tile < tiles)[:, None] & present[None, :]
-        apart = tl.load(partial + tile[:, None] * total_channels + c[None, :], mask=mask, other=0.0) - near[None, :]
-        mean += tl.sum(tl.where(mask, apart * count, 0.0), 0)
-    mean = near + mean / positions
-    for start in range(0, tiles, ROWS):
-        tile = start + tl.arange(0, ROWS)
-        count = tl.minimum(positions - tile * tile_positions, tile_positions).to(tl.float32)[:, None]
-        mask = (tile < tiles)[:, None] & present[None, :]
-        place = partial + tile[:, None] * total_channels + c[None, :]
-        apart = tl.load(place, mask=mask, other=0.0) - mean[None, :]
-        within = tl.load(place + tiles * total_channels, mask=mask, other=0.0)
-        squares += tl.sum(tl.where(mask, within + apart * apart * count, 0.0), 0)
-    return mean, squares / positions
-
-
-@triton.jit
 def keep_statistics(norms, owner, c, present, channels, mean, var, positions):
     """Statistics for the backward, and the running ones as torch updates them: by one program per channel."""
     place = pick_pointer(norms.statistics, owner) + c
@@ -106,13 +85,6 @@ def standardise(x, mean, var, eps, present):
     """A tile minus its channels' means, over their standard deviations; and the inverse of the latter."""
     inverse = tl.rsqrt(tl.where(present, var, 1.0) + eps)
     return (x - mean[None, :]) * inverse[None, :], inverse
-
-
-@triton.jit
-def scale_shift_relu(x, scale, shift):
-    """relu(scale x + shift) per channel; NaN stays NaN, as in torch."""
-    y = x * scale[None, :] + shift[None, :]
-    return tl.where(y < 0, 0.0, y)
 
 
 @triton.jit

@@ -3,61 +3,37 @@
 Each launch serves the products of all modules given; concat_conv1x1 has one. Sums run in float32 and in a fixed order.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from fastfuse.kernels._device import pick, pick_pointer
-from fastfuse.kernels._triton import empty_map
-from fastfuse.kernels.concat_fuse.triton_tables import Maps, at, locate, some_of, table_of, tiles, weights_of
-
-# Tiles of 64 positions by 64 channels in steps of 32 for two warp groups: with one, or with wider steps, registers
-# spill on some GPU where a map's odd size allows no wide loads. Exact float32 products run on ordinary cores, whose
-# operands live in registers: half the step, and half the channels of a map's gradient.
-POSITIONS = 64
-OUTPUTS = 64
-CHANNELS = 64
-GRADIENT_CHANNELS = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
-INNER = {torch.float32: 16, torch.float16: 32, torch.bfloat16: 32}
-WARPS = 8
-# The weight gradient sums over all positions: split until the device is filled twice, by shapes alone so that results
-# are the same on every GPU, and into no pieces smaller than this.
-PROGRAMS = 264
-LEAST_POSITIONS = 256
-REDUCE_ELEMENTS = 128
-REDUCE_ROWS = 16
+from fastfuse.kernels.concat_fuse.triton_moments import merged_moments, store_moments
+from fastfuse.kernels.concat_fuse.triton_tables import at, locate
 
 
 @triton.jit
-def store_moments(partial, x, c, inside, present, channels):
-    """Mean and sum of squared differences from it, per channel, of a tile [positions, channels] into [2, tiles, C]."""
-    mean, squares = moments(x, inside)
-    place = partial + tl.program_id(0) * channels + c
-    tl.store(place, mean, mask=present)
-    tl.store(place + tl.num_programs(0) * channels, squares, mask=present)
+def scale_shift_relu(x, scale, shift):
+    """relu(scale x + shift) per channel; NaN stays NaN, as in torch."""
+    y = x * scale[None, :] + shift[None, :]
+    return tl.where(y < 0, 0.0, y)
 
 
 @triton.jit
-def moments(x, inside):
-    """Mean of each column of a tile, over its rows that are inside, and the sum of squared differences from it."""
-    count = tl.sum(inside.to(tl.float32))
-    mean = tl.sum(tl.where(inside[:, None], x, 0.0), 0) / count
-    difference = tl.where(inside[:, None], x - mean[None, :], 0.0)
-    # The mean's own rounding matters where it is large against the spread; what it left over is added back.
-    slip = tl.sum(difference, 0) / count
-    return mean + slip, tl.sum(difference * difference, 0) - count * slip * slip
+def vectors(scale, shift, c, present):
+    """Scale and shift of some channels, in float32."""
+    a = tl.load(scale + c, mask=present, other=0.0).to(tl.float32)
+    return a, tl.load(shift + c, mask=present, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def concat_conv1x1_fwd_kernel(
-    features, weights, outs, partial, positions, spatial, total_outputs,
+    features, scale, shift, weights, outs, partial, positions, spatial, total_outputs,
     PRECISION: tl.constexpr, POSITIONS: tl.constexpr, OUTPUTS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """One [positions, outputs] tile: the sum over maps and channels; its moments too where `partial` is given."""
+    """One [positions, outputs] tile: the sum over maps and channels; its moments too where `partial` is given.
+
+    Given a scale and a shift, of the channels of the only module, it takes relu(scale x + shift) in place of a map x.
+    """
     which, begin = locate(outs.channels, tl.program_id(1), OUTPUTS)
     p = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
     o = begin + tl.arange(0, OUTPUTS)
@@ -72,6 +48,9 @@ def concat_conv1x1_fwd_kernel(
             c = start + tl.arange(0, INNER)
             present = c < features.channels[s]
             x = tl.load(rows + c[None, :] * features.c[s], mask=inside & present[None, :], other=0.0)
+            if scale is not None:
+                a, b = vectors(scale, shift, features.inner[s] + c, present)
+                x = scale_shift_relu(x.to(tl.float32), a, b).to(x.dtype)
             w = tl.load(
                 columns + (features.inner[s] + c)[:, None] * weight_c, mask=wanted & present[:, None], other=0.0
             )
@@ -84,11 +63,54 @@ def concat_conv1x1_fwd_kernel(
 
 
 @triton.jit
+def concat_conv1x1_fwd_merge_kernel(
+    means, variances, partial, tiles, tile_positions, positions, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """Mean and biased variance of the result from the moments of its tiles."""
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    present = c < channels
+    mean, var = merged_moments(partial, tiles, tile_positions, positions, channels, c, present, ROWS)
+    tl.store(means + c, mean, mask=present)
+    tl.store(variances + c, var, mask=present)
+
+
+@triton.jit
+def concat_conv1x1_bwd_statistics_kernel(
+    grad, of_mean, of_var, out, mean, total, positions, spatial, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """The result's whole gradient: its own, and those of its mean and variance through all its values.
+
+    Each map is the only one of its table; a statistic's gradient comes with its stride.
+    """
+    p = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    present = c < out.channels[0]
+    mask = (p < positions)[:, None] & present[None, :]
+    found = tl.zeros((POSITIONS, CHANNELS), tl.float32)
+    if grad is not None:
+        offsets = at(p, spatial, grad.b[0], grad.n[0])[:, None] + c[None, :] * grad.c[0]
+        found += tl.load(grad.pointers[0] + offsets, mask=mask, other=0.0).to(tl.float32)
+    if of_mean is not None:
+        found += (tl.load(of_mean[0] + c * of_mean[1], mask=present, other=0.0) / positions)[None, :]
+    if of_var is not None:
+        offsets = at(p, spatial, out.b[0], out.n[0])[:, None] + c[None, :] * out.c[0]
+        apart = tl.load(out.pointers[0] + offsets, mask=mask, other=0.0).to(tl.float32)
+        apart -= tl.load(mean + c, mask=present, other=0.0)[None, :]
+        found += apart * (tl.load(of_var[0] + c * of_var[1], mask=present, other=0.0) * 2 / positions)[None, :]
+    offsets = at(p, spatial, total.b[0], total.n[0])[:, None] + c[None, :] * total.c[0]
+    tl.store(total.pointers[0] + offsets, found, mask=mask)
+
+
+@triton.jit
 def concat_conv1x1_bwd_features_kernel(
-    grads, weights, gradients, positions, spatial,
+    grads, weights, gradients, loaded, positions, spatial,
     PRECISION: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """One [positions, channels] tile of one map's gradient: the sum over outputs."""
+    """One [positions, channels] tile of one map's gradient: the sum over outputs.
+
+    Where maps were `loaded` through a scale, a shift and a ReLU, the gradient goes back through these, and those of
+    scale and shift are summed over the tile.
+    """
     which, begin = locate(gradients.channels, tl.program_id(1), CHANNELS)
     owner = pick(gradients.owners, which)
     p = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
@@ -104,6 +126,20 @@ def concat_conv1x1_bwd_features_kernel(
         g = tl.load(rows + o[None, :] * grad_o, mask=inside & (o < outputs)[None, :], other=0.0)
         w = tl.load(columns + o[:, None] * weight_o, mask=present & (o < outputs)[:, None], other=0.0)
         total = tl.dot(g, w.to(g.dtype), total, input_precision=PRECISION)
+    if loaded is not None:
+        maps = loaded.maps
+        there, whole = c < pick(gradients.channels, which), pick(gradients.inner, which) + c
+        offsets = at(p, spatial, pick(maps.b, which), pick(maps.n, which))[:, None] + c[None, :] * pick(maps.c, which)
+        x = tl.load(pick_pointer(maps.pointers, which) + offsets, mask=inside & present, other=0.0).to(tl.float32)
+        a, b = vectors(loaded.scale, loaded.shift, whole, there)
+        total = tl.where(x * a[None, :] + b[None, :] <= 0, 0.0, total)
+        part = tl.program_id(0) * loaded.channels + whole
+        if loaded.of_scale is not None:
+            tl.store(loaded.of_scale + part, tl.sum(total * x, 0), mask=there)
+        if loaded.of_shift is not None:
+            tl.store(loaded.of_shift + part, tl.sum(total, 0), mask=there)
+        total *= a[None, :]
+        present = (c < pick(gradients.channels, which) * pick(loaded.gives, which))[None, :]
     offsets = at(p, spatial, pick(gradients.b, which), pick(gradients.n, which))[:, None]
     offsets += c[None, :] * pick(gradients.c, which)
     tl.store(pick_pointer(gradients.pointers, which) + offsets, total, mask=inside & present)
@@ -111,7 +147,7 @@ def concat_conv1x1_bwd_features_kernel(
 
 @triton.jit
 def concat_conv1x1_bwd_weight_kernel(
-    grads, features, partials, inputs, positions, spatial, chunk,
+    grads, features, scale, shift, partials, inputs, positions, spatial, chunk,
     PRECISION: tl.constexpr, POSITIONS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """One [outputs, channels] tile of a weight's gradient, summed over one chunk of positions."""
@@ -125,6 +161,8 @@ def concat_conv1x1_bwd_weight_kernel(
     columns = pick_pointer(features.pointers, which) + c[None, :] * pick(features.c, which)
     grad_b, grad_n = pick(grads.b, owner), pick(grads.n, owner)
     stride_b, stride_n = pick(features.b, which), pick(features.n, which)
+    if scale is not None:
+        a, b = vectors(scale, shift, pick(features.inner, which) + c, c < pick(features.channels, which))
     # The grid is as wide as the widest product: beyond its own outputs a product has nothing to add.
     end = tl.where(tl.program_id(1) * OUTPUTS < outputs, tl.minimum((split + 1) * chunk, positions), 0)
     total = tl.zeros((OUTPUTS, CHANNELS), tl.float32)
@@ -133,6 +171,8 @@ def concat_conv1x1_bwd_weight_kernel(
         inside = p < positions
         g = tl.load(rows + at(p, spatial, grad_b, grad_n)[None, :], mask=inside[None, :] & wanted, other=0.0)
         x = tl.load(columns + at(p, spatial, stride_b, stride_n)[:, None], mask=inside[:, None] & present, other=0.0)
+        if scale is not None:
+            x = scale_shift_relu(x.to(tl.float32), a, b).to(x.dtype)
         total = tl.dot(g, x, total, input_precision=PRECISION)
     offsets = (split.to(tl.int64) * outputs + o)[:, None] * pick(inputs, owner) + pick(features.inner, which)
     tl.store(pick_pointer(partials, owner) + offsets + c[None, :], total, mask=wanted & present)
@@ -152,104 +192,3 @@ def concat_conv1x1_bwd_reduce_kernel(sums, ELEMENTS: tl.constexpr, ROWS: tl.cons
         total += tl.sum(tl.load(partial + part.to(tl.int64)[:, None] * elements + i[None, :], mask=mask, other=0.0), 0)
     offsets = (i // inner) * pick(sums.row, which) + (i % inner) * pick(sums.column, which)
     tl.store(pick_pointer(sums.outs, which) + offsets, total, mask=i < elements)
-
-
-class Sums(NamedTuple):
-    """Partial sums [parts, rows, columns] in float32, the tensors that take their totals, and the strides of these."""
-
-    partials: tuple
-    parts: tuple
-    elements: tuple
-    columns: tuple
-    outs: tuple
-    row: tuple
-    column: tuple
-
-
-def precision(x: Tensor) -> str:
-    """How products of a dtype are taken: float32 exactly, unless the user lets matrix products use TF32."""
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 and x.dtype == torch.float32 else "ieee"
-
-
-def width_of(channels: int, most: int) -> int:
-    """Width of a channel tile: a power of two between 16, the least of a matrix product, and `most`."""
-    return min(most, max(16, triton.next_power_of_2(channels)))
-
-
-def launch_fwd(features: Sequence[Tensor], weight: Tensor) -> Tensor:
-    """See `fastfuse::concat_conv1x1_fwd`."""
-    out = empty_map(features[0], weight.shape[0])
-    if out.numel():
-        convolve([features], [weight], [out], None)
-    return out
-
-
-def convolve(
-    features: Sequence[Sequence[Tensor]], weights: Sequence[Tensor], outs: Sequence[Tensor], partial: Tensor | None
-) -> None:
-    """The products of all modules; moments of each tile of POSITIONS positions go to `partial` [2, tiles, C_out]."""
-    batch, _, height, width = outs[0].shape
-    positions, table = batch * height * width, table_of([[x] for x in outs])
-    columns = width_of(max(table.channels), OUTPUTS)
-    concat_conv1x1_fwd_kernel[(triton.cdiv(positions, POSITIONS), tiles(table, columns))](
-        table_of(features), weights_of(weights), table, partial, positions, height * width, sum(table.channels),
-        PRECISION=precision(outs[0]), POSITIONS=POSITIONS, OUTPUTS=columns, INNER=INNER[outs[0].dtype],
-        num_warps=WARPS,
-    )  # fmt: skip
-
-
-def launch_bwd(
-    grad: Tensor, features: Sequence[Tensor], weight: Tensor, needs_features: Sequence[bool], needs_weight: bool
-) -> list[Tensor]:
-    """See `fastfuse::concat_conv1x1_bwd`."""
-    gradients = [empty_map(x) if needed else None for x, needed in zip(features, needs_features, strict=True)]
-    found = [x for x in gradients if x is not None]
-    if any(x.numel() for x in found):
-        bwd_features([grad], [weight], some_of(table_of([features]), gradients))
-    if needs_weight:
-        found.append(torch.empty_like(weight))
-        if weight.numel():
-            add_parts([(bwd_weights([grad], [features])[0], found[-1], *found[-1].stride()[:2])])
-    return found
-
-
-def bwd_features(grads: Sequence[Tensor], weights: Sequence[Tensor], gradients: Maps) -> None:
-    """Fill the gradients of maps, given the gradient of each module's product."""
-    (batch, _, height, width), dtype = grads[0].shape, grads[0].dtype
-    positions, columns = batch * height * width, width_of(max(gradients.channels), GRADIENT_CHANNELS[dtype])
-    concat_conv1x1_bwd_features_kernel[(triton.cdiv(positions, POSITIONS), tiles(gradients, columns))](
-        table_of([[x] for x in grads]), weights_of(weights), gradients, positions, height * width,
-        PRECISION=precision(grads[0]), POSITIONS=POSITIONS, CHANNELS=columns, INNER=INNER[dtype],
-        num_warps=WARPS,
-    )  # fmt: skip
-
-
-def bwd_weights(grads: Sequence[Tensor], features: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Parts [parts, C_out, C] of the gradient of each module's weight."""
-    (batch, _, height, width), dtype = grads[0].shape, grads[0].dtype
-    positions, table, outs = batch * height * width, table_of(features), table_of([[x] for x in grads])
-    rows, columns = width_of(max(outs.channels), OUTPUTS), width_of(max(table.channels), CHANNELS)
-    grid = tiles(table, columns), triton.cdiv(max(outs.channels), rows)
-    chunk = max(LEAST_POSITIONS, triton.cdiv(positions, triton.cdiv(PROGRAMS, grid[0] * grid[1])))
-    chunk = triton.cdiv(chunk, INNER[dtype]) * INNER[dtype]
-    parts = max(1, triton.cdiv(positions, chunk))
-    inputs = tuple(sum(x.shape[1] for x in maps) for maps in features)
-    sizes = zip(outs.channels, inputs, strict=True)
-    partials = [torch.empty((parts, *size), dtype=torch.float32, device=grads[0].device) for size in sizes]
-    concat_conv1x1_bwd_weight_kernel[(*grid, parts)](
-        outs, table, tuple(partials), inputs, positions, height * width, chunk,
-        PRECISION=precision(grads[0]), POSITIONS=INNER[dtype], OUTPUTS=rows, CHANNELS=columns, num_warps=WARPS,
-    )  # fmt: skip
-    return partials
-
-
-def add_parts(sums: Sequence[tuple[Tensor, Tensor, int, int]]) -> None:
-    """Totals of partial sums [parts, rows, columns] into tensors with the strides given; one launch per dtype."""
-    for dtype in dict.fromkeys(out.dtype for _, out, _, _ in sums):
-        partials, outs, row, column = zip(*(entry for entry in sums if entry[1].dtype == dtype), strict=True)
-        parts, columns = tuple(x.shape[0] for x in partials), tuple(x.shape[2] for x in partials)
-        elements = tuple(x.shape[1] * x.shape[2] for x in partials)
-        programs = sum(triton.cdiv(n, REDUCE_ELEMENTS) for n in elements)
-        table = Sums(partials, parts, elements, columns, outs, row, column)
-        concat_conv1x1_bwd_reduce_kernel[(programs,)](table, ELEMENTS=REDUCE_ELEMENTS, ROWS=REDUCE_ROWS)

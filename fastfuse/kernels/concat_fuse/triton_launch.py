@@ -11,29 +11,31 @@ from fastfuse.kernels._triton import empty_map, map_strides
 from fastfuse.kernels.concat_fuse import layout
 from fastfuse.kernels.concat_fuse import triton_backward as backward
 from fastfuse.kernels.concat_fuse import triton_fuse as forward
-from fastfuse.kernels.concat_fuse import triton_kernels as products
+from fastfuse.kernels.concat_fuse import triton_products as products
 from fastfuse.kernels.concat_fuse.layout import Module
 from fastfuse.kernels.concat_fuse.triton_tables import Maps, some_of, table_of, tiles
 
 # Elementwise and stencil tiles of 32 positions by 32 channels: whole 64-byte pieces of either memory format. With 64
-# positions, or with as many warps where statistics are merged as well, registers spill on sm_80.
+# positions, with fewer warps where moments are taken, or with more where they are merged as well, registers spill on
+# some GPU.
 POSITIONS = 32
 CHANNELS = 32
 WARPS = 8
+MOMENTS_WARPS = 16
 HIDDEN_WARPS = 4
 # Sums over the positions are taken in at most so many shares: few enough for every program that needs their totals to
 # add them up itself, many enough to fill the device.
 SHARES = 32
-MERGE_ROWS = 32
-MERGE_CHANNELS = 16
+# Of which the programs of the first norm's forward, that filter as well, add up half at once.
+HIDDEN_ROWS = 16
 # Whole small maps in one program, so that their mean needs no second pass.
 MOST_POSITIONS = 128
 # The stencil's weight gradient sums over positions in at least this many at once, and in at most so many programs.
 CHUNK = 256
 PROGRAMS = 1056
-# Its loop holds nine sums beside the tile: twice the warps, or registers spill.
-STEP = 32
-STEP_WARPS = 8
+# Its loop holds nine sums beside the tile: half a tile, or registers spill.
+STEP = 16
+STEP_WARPS = 4
 
 
 class Taps(NamedTuple):
@@ -136,9 +138,9 @@ def launch_fwd(
     products.convolve([[x] for x in hidden], [module.pointwise for module in modules], pre, partial)
     norms, table = _norms(modules, 2, statistics2), table_of([[x] for x in pre])
     if training[1]:
-        forward.concat_fuse_fwd_merge_kernel[(1, tiles(table, MERGE_CHANNELS))](
+        forward.concat_fuse_fwd_merge_kernel[(1, tiles(table, products.MERGE_CHANNELS))](
             table, norms, partial, parts, products.POSITIONS, call.positions, outputs,
-            ROWS=MERGE_ROWS, CHANNELS=MERGE_CHANNELS,
+            ROWS=products.MERGE_ROWS, CHANNELS=products.MERGE_CHANNELS,
         )  # fmt: skip
         mean, var = zip(*(x.unbind() for x in statistics2), strict=True)
         norms = norms._replace(mean=mean, var=var)
@@ -149,21 +151,17 @@ def _filter(call: Call, modules: Sequence[Module], hidden: Sequence[Tensor], sta
     norms, training = _norms(modules, 1, statistics), modules[0].norm1.training
     programs, channels = (call.shares, tiles(call.maps, CHANNELS)), sum(call.maps.channels)
     extents = call.positions, call.height, call.width, channels, call.chunk
-    options = {"POSITIONS": POSITIONS, "CHANNELS": CHANNELS, "num_warps": WARPS}
     partial = None
     if training:
         partial = torch.empty((2, call.shares, channels), dtype=torch.float32, device=hidden[0].device)
-        forward.concat_fuse_fwd_moments_kernel[programs](call.maps, call.taps, partial, *extents, **options)
+        forward.concat_fuse_fwd_moments_kernel[programs](
+            call.maps, call.taps, partial, *extents,
+            POSITIONS=POSITIONS, CHANNELS=CHANNELS, num_warps=MOMENTS_WARPS,
+        )  # fmt: skip
     forward.concat_fuse_fwd_hidden_kernel[programs](
-        call.maps,
-        call.taps,
-        norms,
-        partial,
-        table_of([[x] for x in hidden]),
-        *extents,
-        ROWS=SHARES,
-        **options | {"num_warps": HIDDEN_WARPS},
-    )
+        call.maps, call.taps, norms, partial, table_of([[x] for x in hidden]), *extents,
+        ROWS=HIDDEN_ROWS, POSITIONS=POSITIONS, CHANNELS=CHANNELS, num_warps=HIDDEN_WARPS,
+    )  # fmt: skip
 
 
 def _finish(

@@ -60,11 +60,15 @@ def table_of(groups: Sequence[Sequence[Tensor]]) -> Maps:
     return Maps(*columns(maps), channels, owners, inner, first)
 
 
+def entries_of(table: Maps, places: Sequence[int]) -> Maps:
+    """The maps at some places of a table."""
+    return Maps(*(tuple(entries[s] for s in places) for entries in table))
+
+
 def some_of(table: Maps, gradients: Sequence[Tensor | None]) -> Maps:
     """The table of those gradients that are wanted, each in the place of its map."""
     places = [s for s, x in enumerate(gradients) if x is not None]
-    pointers = columns([gradients[s] for s in places])
-    return Maps(*pointers, *(tuple(entries[s] for s in places) for entries in table[4:]))
+    return Maps(*columns([gradients[s] for s in places]), *entries_of(table, places)[4:])
 
 
 def weights_of(weights: Sequence[Tensor]) -> Weights:
