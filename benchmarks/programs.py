@@ -155,10 +155,6 @@ def build(program: Program, case: Case, start: Start) -> tuple[Step, Form | None
 
 def engine_step(kind: str, form: Form, case: Case, start: Start) -> tuple[TrainStep, str]:
     """The engine's step of FFSD, or of the same networks without distillation, and its strategy."""
-    if form.compiled:
-        # Every program compiles the same code for other networks; the limit is one for all of them.
-        torch._dynamo.config.recompile_limit = 256
-        torch._dynamo.config.accumulated_recompile_limit = 1024
     name, networks = ("independent", case.students + 1) if kind == "networks-only" else ("ffsd", case.students)
     methods = [
         build_method(name, model=case.model, students=networks, num_classes=case.classes) for _ in range(case.replicas)

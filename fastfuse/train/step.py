@@ -1,5 +1,6 @@
 """One training step: forward, one backward over the sum of all losses, one combined update."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -42,7 +43,7 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(self.device_type) if amp == "fp16" else None
         if self.scaler is not None:
             self.scaler.scale(torch.zeros((), device=device))  # makes the scale, which otherwise the first step would
-        self._forward = torch.compile(method, dynamic=False, fullgraph=True) if compiled else method
+        self._forward = _compiled(method) if compiled else method
 
     def autocast(self) -> torch.autocast | nullcontext:
         """The context that networks run in, also for evaluation."""
@@ -69,3 +70,12 @@ class TrainStep:
         """Everything that a step changes and that lives on."""
         scaler = [] if self.scaler is None else [self.scaler._scale, self.scaler._growth_tracker]
         return [*self.method.parameters(), *self.method.buffers(), *self.optimizers.tensors(), *scaler]
+
+
+def _compiled(method: Method) -> Callable[..., MethodOutput]:
+    # Every run of a process compiles the same forward for networks of its own, and twice where the last batch is
+    # smaller: the compiler's limit of eight is one for all of them.
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 256)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 1024)
+    return torch.compile(method, dynamic=False, fullgraph=True)

@@ -13,6 +13,7 @@ from fastfuse import data
 from fastfuse.methods import METHODS, build_method
 from fastfuse.train.evaluate import Evaluator
 from fastfuse.train.optim import build_optimizers
+from fastfuse.train.step import TrainStep
 from tests.train.engines import BATCH, COUNT, make, run_epoch
 
 WAITS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "_to_copy"}
@@ -227,3 +228,15 @@ def test_a_method_compiles_as_one_graph(name: str, monkeypatch: pytest.MonkeyPat
     pairs = zip(traced.tensors(), eager.tensors(), strict=True)
     worst = max(float((a - b).detach().abs().max()) for a, b in pairs)
     assert worst < 1e-5
+
+
+@pytest.mark.long
+def test_many_runs_compile_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler's own limit is eight for the code that all of them share, and networks of another kind count."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    losses = []
+    for students in range(1, 11):
+        method = build_method("independent", model="resnet8", students=students, num_classes=5).train()
+        step = TrainStep(method, build_optimizers(method), compiled=True)
+        losses.append(step(torch.randn(4, 3, 8, 8), torch.arange(4), torch.tensor(0.0)).loss)
+    assert torch.stack(losses).isfinite().all()

@@ -20,8 +20,10 @@ from fastfuse.kernels.deep_to_shallow.triton_tiles import (
     strided,
 )
 
-# Of half precision: with 4, Triton 3.6 spills 224 bytes on sm_100. In float32 sm_80 spills with either (28, 24 bytes).
+# Of half precision: with 4, Triton 3.6 spills 224 bytes on sm_100.
 ATTENTION_WARPS = 8
+# Of a float32 tile, which also adds up squares: with 32, sm_80 and sm_100 spill with 4 warps and with 8.
+ATTENTION_COLUMNS = 16
 
 
 def launch_fwd(
@@ -89,7 +91,9 @@ def launch_attention(
     if attentions[0].numel() == 0:
         return [*attentions, *maps]
     tile, options = product_tile(dtype, channels, channels_in)
-    if dtype != torch.float32:
+    if dtype == torch.float32:
+        tile = tile[0], min(tile[1], ATTENTION_COLUMNS), tile[2]
+    else:
         options["num_warps"] = ATTENTION_WARPS
     tiles = triton.cdiv(batch * deep[0] * deep[1], tile[0])
     for members, (x, shift, weight, out), (x_strides, s_strides, w_strides, strides) in strided(
