@@ -115,7 +115,7 @@ class Trainer:
             for name, state in self._evaluated().deployed_states().items():
                 self.run.write_weights(name, state)
         if isinstance(self.method, Replicas):
-            write_run_folders(self.run, self.method, config, self._state())
+            write_run_folders(self.run, self.method, config, self._state(), summary)
         self.run.write_summary(summary)
         return summary
 

@@ -11,14 +11,19 @@ from fastfuse.train import checkpoint
 from fastfuse.train.record import RunFolder
 
 
-def write_run_folders(run: RunFolder, method: Replicas, config: TrainConfig, state: Mapping[str, Any]) -> None:
-    """Write configuration, metrics and checkpoint of every replica into a folder of its own, RUN/seedN.
+def write_run_folders(
+    run: RunFolder, method: Replicas, config: TrainConfig, state: Mapping[str, Any], summary: Mapping[str, Any]
+) -> None:
+    """Write configuration, metrics, checkpoint and results of every replica into a folder of its own, RUN/seedN.
+
+    Speed and time in the results are those of all replicas together.
 
     Args:
         run: of all replicas together.
         method: the replicas.
         config: of all together.
         state: their checkpoint.
+        summary: their results.
     """
     for replica, name in enumerate(method.names):
         folder = RunFolder(run.path / name)
@@ -29,6 +34,9 @@ def write_run_folders(run: RunFolder, method: Replicas, config: TrainConfig, sta
         own = _own_state(method, replica, state)
         folder.write_metrics(own["position"]["history"])
         checkpoint.save(folder.checkpoint, {**own, "config": configuration.to_plain(single)})
+        results = {key: value for key, value in summary.items() if key not in ("replicas", "statistics")}
+        results |= {"networks": _named(summary["networks"], f"{name}/"), "seed": single.seed, "run": str(folder.path)}
+        folder.write_summary(results)
 
 
 def _own_state(method: Replicas, replica: int, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -89,6 +89,10 @@ def test_a_run_of_replicas_leaves_a_run_folder_of_each(train, tiny, tmp_path, ca
             assert mine.keys() == other.keys()
             assert mine["losses"] == pytest.approx(other["losses"], rel=1e-3)
             assert mine["accuracy"].keys() == other["accuracy"].keys()
+        results = [json.loads((path / "summary.json").read_text()) for path in (own, alone)]
+        assert results[0].keys() == results[1].keys() and results[0]["seed"] == results[1]["seed"] == seed
+        assert results[0]["networks"].keys() == results[1]["networks"].keys()
+        assert results[0]["networks"]["leader"]["last_top1"] == lines[0][-1]["accuracy"]["leader"]["top1"]
         for name in ("leader", "leader_best"):
             assert (own / f"{name}.safetensors").exists()
         capsys.readouterr()
