@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
+from benchmarks import roofline
 from benchmarks.kernel_cases import KernelCase, cases
 from benchmarks.report import Report, Value, environment
 from benchmarks.timing import Timing, measure_in_turn
@@ -50,7 +51,7 @@ def run(options: argparse.Namespace) -> Report:
     # A backward is timed many times over one forward.
     functorch_config.donated_buffer = False
     chosen = _part([case for case in cases() if case.quick or not options.quick], options.part)
-    copy_rate = _copy_rate(device, options.repeats)
+    copy_rate = roofline.copy_rate(device, options.repeats) / 1e9
     rows: list[dict[str, Value]] = []
     samples: dict[str, tuple[float, ...]] = {}
     left_out: set[str] = set()
@@ -223,11 +224,3 @@ def _peak(call: Callable[[], object], device: torch.device) -> Value:
     call()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) / 2**20
-
-
-def _copy_rate(device: torch.device, repeats: int) -> float:
-    """Measured copy bandwidth in GB/s, bytes read plus bytes written."""
-    source = torch.randn(2**28 if device.type == "cuda" else 2**24, device=device)
-    target = torch.empty_like(source)
-    timing = measure_in_turn({"copy": lambda: target.copy_(source)}, repeats=repeats, calls=5, warmup=2, device=device)
-    return 2 * source.nbytes / timing["copy"].median / 1e6

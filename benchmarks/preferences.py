@@ -13,6 +13,7 @@ from typing import Any
 # Run as a script, Python looks in this folder only: the package lies one above.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import report
 from fastfuse.errors import FastfuseError, InputError
 from fastfuse.kernels._dispatch import PREFERENCES
 from fastfuse.train.files import write_atomic
@@ -29,12 +30,12 @@ def rows(saved: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     Raises:
         InputError: reports of another suite, quick ones, of several devices, or without an op with two backends.
     """
-    if any(report["settings"]["suite"] != "kernels" or report["settings"]["quick"] for report in saved):
+    if any(own["settings"]["suite"] != "kernels" or own["settings"]["quick"] for own in saved):
         raise InputError("only whole runs of the suite kernels can say which backend is faster, not others or --quick")
-    if len({report["environment"]["device_key"] for report in saved}) != 1:
+    if len({own["environment"]["device_key"] for own in saved}) != 1:
         raise InputError("the reports are of several devices: give those of one")
     times: dict[str, dict[tuple[str, ...], dict[str, float]]] = {}
-    for row in (row for report in saved for row in report["rows"] if row["provider"].startswith(PREFIX)):
+    for row in (row for own in saved for row in own["rows"] if row["provider"].startswith(PREFIX)):
         case = row["shape"], row["dtype"], row["mode"]
         backend = row["provider"].removeprefix(PREFIX)
         times.setdefault(row["op"], {}).setdefault(case, {})[backend] = row["median_us"]
@@ -59,13 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", type=Path, default=PREFERENCES, help="the table to change")
     options = parser.parse_args(arguments)
     try:
-        try:
-            saved = [json.loads(path.read_text()) for path in options.report]
-            found, device = rows(saved), saved[0]["environment"]["device_key"]
-        except (OSError, ValueError, KeyError) as error:
-            if isinstance(error, FastfuseError):
-                raise
-            raise InputError(f"not a saved report: {error}") from error
+        saved = [report.read(path) for path in options.report]
+        found, device = rows(saved), saved[0]["environment"]["device_key"]
         table = json.loads(options.table.read_text())
         table[device] = table.get(device, {}) | found
         text = json.dumps(table, indent=2, sort_keys=True) + "\n"

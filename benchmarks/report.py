@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -129,3 +129,18 @@ def ratios(medians: Mapping[str, float], baseline: str) -> dict[str, float]:
 
 def _cell(value: Value) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A report that `save` wrote.
+
+    Raises:
+        InputError: it cannot be read, or is something else.
+    """
+    try:
+        saved = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is no saved report: {error}") from error
+    if not isinstance(saved, dict) or not {"settings", "environment", "rows"} <= saved.keys():
+        raise InputError(f"{path} is no saved report: give a JSON file that --out wrote")
+    return saved

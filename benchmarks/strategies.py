@@ -4,7 +4,6 @@ python benchmarks/strategies.py results/step_resnet32_s2+4+8_b128_bf16_cuda.json
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 # Run as a script, Python looks in this folder only: the package lies one above.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import report
 from fastfuse.errors import FastfuseError, InputError
 from fastfuse.nn.strategy import TABLE, Row, architecture, write_row
 
@@ -61,12 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", type=Path, default=TABLE, help="the table to change")
     options = parser.parse_args(arguments)
     try:
-        try:
-            rows = table_rows(json.loads(options.report.read_text()), options.mode)
-        except (OSError, ValueError, KeyError) as error:
-            if isinstance(error, FastfuseError):
-                raise
-            raise InputError(f"{options.report} is no saved report: {error}") from error
+        rows = table_rows(report.read(options.report), options.mode)
         for row in rows:
             write_row(row, table=options.table)
             fastest = min(row.milliseconds, key=lambda name: row.milliseconds[name])

@@ -90,7 +90,7 @@ def test_a_file_that_is_no_report(tmp_path, capsys):
     file = tmp_path / "x.json"
     file.write_text("{}")
     assert preferences.main([str(file)]) == 2
-    assert "not a saved report" in capsys.readouterr().err
+    assert "is no saved report" in capsys.readouterr().err
 
 
 def test_the_committed_table_names_backends_that_ops_have():
