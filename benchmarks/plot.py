@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.report import Report
+from benchmarks.report import Report, Value
 from fastfuse.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def draw(report: Report, path: Path) -> None:
 
 
 def _bars(axes: "Axes", report: Report) -> None:
-    names = [f"{row['model']} S={row['students']} {row['provider']}" for row in report.rows]
+    names = [_name(row) for row in report.rows]
     medians = [row["median_ms"] for row in report.rows]
     reach = [
         [row["median_ms"] - row["p20_ms"] for row in report.rows],
@@ -63,10 +63,16 @@ def _bars(axes: "Axes", report: Report) -> None:
     axes.set_xlabel("ms per step (median; line: p20 to p80)")
 
 
+def _name(row: dict[str, Value]) -> str:
+    replicas = f" R={row['replicas']}" if row.get("replicas", 1) != 1 else ""
+    return f"{row['model']} S={row['students']}{replicas} {row['provider']}"
+
+
 def _lines(axes: "Axes", report: Report, students: list[int]) -> None:
-    series = dict.fromkeys((row["model"], row["provider"]) for row in report.rows)
+    single = [row for row in report.rows if row.get("replicas", 1) == 1]
+    series = dict.fromkeys((row["model"], row["provider"]) for row in single)
     for model, provider in series:
-        own = {r["students"]: r["median_ms"] for r in report.rows if (r["model"], r["provider"]) == (model, provider)}
+        own = {r["students"]: r["median_ms"] for r in single if (r["model"], r["provider"]) == (model, provider)}
         axes.plot(sorted(own), [own[s] for s in sorted(own)], marker="o", label=f"{model} {provider}")
     axes.set_xticks(students)
     axes.set_xlabel("students S")

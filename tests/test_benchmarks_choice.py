@@ -411,6 +411,23 @@ def test_a_picture_has_bars_and_with_several_numbers_of_students_lines(students,
         assert [list(line.get_ydata()) for line in picture.axes[1].lines] == [[2.0, 4.0]] * 2
 
 
+def test_replicas_have_bars_of_their_own_and_are_no_point_of_the_lines():
+    rows = [
+        {"model": "m", "provider": "p", "students": s, "replicas": r, "median_ms": ms, "p20_ms": ms, "p80_ms": ms}
+        for s, r, ms in ((2, 1, 1.0), (4, 1, 2.0), (2, 4, 3.0))
+    ]
+    given = report.Report("name", {}, {}, {}, rows, {}, {}, [])
+    assert [plot._name(row) for row in rows] == ["m S=2 p", "m S=4 p", "m S=2 R=4 p"]
+
+    class Axes:
+        def __getattr__(self, name):
+            return lambda *drawn, **_: seen.setdefault(name, drawn)
+
+    seen = {}
+    plot._lines(Axes(), given, [2, 4])
+    assert seen["plot"] == ([2, 4], [1.0, 2.0])
+
+
 def test_a_picture_that_cannot_be_written_is_an_error(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     with pytest.raises(InputError, match="--plot cannot write"):
