@@ -18,14 +18,17 @@ USAGE = """usage: fastfuse COMMAND [OPTIONS]
 Feature-fusion knowledge distillation: train several networks together, deploy one.
 
 commands:
-  train   train networks (fastfuse train --help lists all options)
-  eval    accuracy of a finished or interrupted run
-  info    versions, devices, and what each operator can run on
+  train        train networks (fastfuse train --help lists all options)
+  eval         accuracy of a finished or interrupted run
+  methods      all methods: what each needs, what it deploys, its recipes
+  reconstruct  how well an autoencoder reconstructs the features of trained networks (FEED's analysis)
+  info         versions, devices, and what each operator can run on
 
 examples:
   fastfuse train --method ffsd --model resnet20 --data digits --epochs 12 --batch-size 32
   fastfuse train --recipe cifar100-resnet32 --data-root data --download
   fastfuse train --resume --out runs/my-run
+  fastfuse train --method feed-parallel --model resnet56 --data cifar100 --teachers runs/a runs/b
   fastfuse eval runs/my-run
 """
 
@@ -52,6 +55,50 @@ class InfoOptions:
     """Print JSON."""
 
 
+@dataclasses.dataclass(frozen=True)
+class ReconstructOptions:
+    """How well an autoencoder rebuilds the last map of each of several trained networks, as FEED asks."""
+
+    epochs: int = 6
+    """Epochs of each autoencoder (the paraphraser of Factor Transfer)."""
+    batch_size: int = 128
+    """Images per step."""
+    lr: float = 0.1
+    """Learning rate (SGD, momentum 0.9)."""
+    weight_decay: float = 5e-4
+    """L2."""
+    factor_ratio: float = 0.5
+    """Channels of the code per channel of the map."""
+    seed: int = 0
+    """Decides the autoencoders' initial weights, order and augmentation: the same for all networks."""
+    teacher_model: str | None = None
+    """Network of weight files."""
+    data: str | None = None
+    """Data set (default: the first run's)."""
+    data_root: Path | None = None
+    """Folder of the CIFAR files (default: the first run's)."""
+    data_path: Path | None = None
+    """The file of --data npz (default: the first run's)."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    out: Path | None = None
+    """Folder for runs, table and plot (default: runs/<time>_reconstruct)."""
+    resume: bool = False
+    """Go on in --out."""
+    quiet: bool = False
+    """Print the final table alone."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodsOptions:
+    """All methods: what each needs, what it deploys, its recipes."""
+
+    json: bool = False
+    """Print JSON."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0 done, 1 failed while running, 2 bad input, 130 interrupted."""
     # OpenMP threads that wait by spinning make two busy processes slow each other down a hundredfold (docs/LOG.md).
@@ -65,7 +112,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(fastfuse.__version__)
         return 0
-    commands: dict[str, Callable[[list[str]], int]] = {"train": _train, "eval": _eval, "info": _info}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "eval": _eval,
+        "methods": _methods,
+        "reconstruct": _reconstruct,
+        "info": _info,
+    }
     try:
         if arguments[0] not in commands:
             raise unknown_name("command", arguments[0], commands)
@@ -113,7 +166,7 @@ def parse_train(arguments: list[str]) -> Any:
 
     # What decides the defaults must be known before the options are parsed.
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("--recipe", "--out", "--method", "--model"):
+    for name in ("--recipe", "--out", "--method", "--model", "--students"):
         early.add_argument(name)
     early.add_argument("--resume", action="store_true")
     try:
@@ -130,7 +183,7 @@ def parse_train(arguments: list[str]) -> Any:
             from fastfuse.train.record import RunFolder
 
             default = dataclasses.replace(RunFolder(Path(known.out)).read_config(), max_time=None)
-    default = configuration.adapted(default, method=known.method, model=known.model)
+    default = configuration.adapted(default, method=known.method, model=known.model, students=known.students)
 
     options = dataclasses.make_dataclass(
         "TrainOptions",
@@ -166,6 +219,63 @@ def _eval(arguments: list[str]) -> int:
     for name, accuracy in found["accuracy"].items():
         table.add_row(name, f"{accuracy['top1']:.2f}", f"{accuracy['top5']:.2f}")
     Console(file=sys.stdout).print(table)
+    return 0
+
+
+def _reconstruct(arguments: list[str]) -> int:
+    named = next((i for i, a in enumerate(arguments) if a.startswith("-")), len(arguments))
+    networks, rest = arguments[:named], arguments[named:]
+    if not networks and not {"-h", "--help"} & set(rest):
+        raise InputError("fastfuse reconstruct needs trained networks: fastfuse reconstruct RUN [RUN ...] [OPTIONS]")
+    options = _parse(ReconstructOptions, "fastfuse reconstruct RUN [RUN ...]", rest)
+    from fastfuse.train.reconstruction import configured, reconstruct, save
+
+    given = {key: value for key, value in dataclasses.asdict(options).items() if key != "json"}
+    config = configured(networks, given)
+    rows = reconstruct(networks, config)
+    files = save(rows, config)
+    if options.json:
+        print(json.dumps([row._asdict() for row in rows], indent=2))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "network",
+        "map",
+        "code",
+        "train",
+        "test",
+        "test / mean |F|",
+        title="Mean absolute error of the rebuilt last map",
+    )
+    for row in rows:
+        share = f"{row.test / row.scale:.3f}" if row.scale else ""
+        table.add_row(
+            row.network, str(row.channels), str(row.factor_channels), f"{row.train:.4f}", f"{row.test:.4f}", share
+        )
+    Console(file=sys.stdout).print(table)
+    print("\n".join(map(str, files)))
+    return 0
+
+
+def _methods(arguments: list[str]) -> int:
+    options = _parse(MethodsOptions, "fastfuse methods", arguments)
+    from fastfuse.train.catalogue import catalogue, needs
+
+    found = catalogue()
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("method", "what it is", "needs", "deploys", "recipes")
+    for column in (0, 3):
+        table.columns[column].no_wrap = True
+    for entry in found:
+        table.add_row(entry["name"], entry["summary"], needs(entry), entry["deploys"], ", ".join(entry["recipes"]))
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160).print(table)
     return 0
 
 

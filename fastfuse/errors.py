@@ -25,6 +25,10 @@ class NonFiniteLossError(FastfuseError, ArithmeticError):
     """A loss term became infinite or not a number."""
 
 
+class InterruptedRun(FastfuseError):
+    """Ctrl-C: the step was finished and a checkpoint written."""
+
+
 class BackendUnavailableError(FastfuseError, RuntimeError):
     """An explicitly requested kernel backend cannot serve here."""
 

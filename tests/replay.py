@@ -90,12 +90,22 @@ def build(recording: Recording) -> tuple[Method, dict[str, nn.Module], dict[str,
         ).double()
         settings["weight_decay"] = config["weight_decay_network"]
         settings["fusion_weight_decay"] = config["weight_decay_fusion"]
-        networks = method.networks()
+        networks = {"network": as_recorded(method.network), "fusion": method.networks()["fusion"]}
     else:
         raise SystemExit(f"unknown method {config['method']!r} in the recording's config: ffsd or ffl expected")
     for name, network in networks.items():
         network.load_state_dict(recording.initial(name), strict=True)
     return method.train(), networks, settings
+
+
+def as_recorded(branched: nn.Module) -> nn.Module:
+    """Branches on the first two stages of a CIFAR ResNet under the recorded names."""
+    network = nn.Module()
+    for name, child in branched.trunk.items():
+        network.add_module(name, child)
+    network.branches = nn.ModuleList(branch.layer3 for branch in branched.branches)
+    network.classifiers = nn.ModuleList(branch.fc for branch in branched.branches)
+    return network
 
 
 def _ffsd_networks(method: Method) -> dict[str, nn.Module]:

@@ -55,6 +55,9 @@ class TrainingBatches:
         batch_size: images of every batch but the last of an epoch, which holds what is left, if only one image: batch
             norm still has H x W values per channel as long as maps are larger than 1x1.
         replicas: R, batches drawn side by side, each with draws of its own.
+        parts: P, equal parts into which the seed divides the training images for good; every batch takes as many images
+            from each, those of the first part first. What is left over by the division, fewer than P images, is not
+            shown. For searches that train two things on images of their own.
         dtype: of the images.
         memory_format: of the images.
 
@@ -63,7 +66,7 @@ class TrainingBatches:
         step: 0-d int64, the batch that is drawn next; for whoever else counts steps on the device.
 
     Raises:
-        InputError: a batch size below 1.
+        InputError: a batch size below 1 or not a multiple of the parts, or fewer images than parts.
     """
 
     def __init__(
@@ -72,11 +75,14 @@ class TrainingBatches:
         *,
         batch_size: int,
         replicas: int = 1,
+        parts: int = 1,
         dtype: torch.dtype = torch.float32,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
-        self.steps = steps_per_epoch(len(dataset.train), batch_size)
-        self.dataset, self.batch_size, self.replicas = dataset, batch_size, replicas
+        _check_parts(parts, batch_size, len(dataset.train))
+        self._shown = len(dataset.train) // parts * parts
+        self.steps = steps_per_epoch(self._shown, batch_size)
+        self.dataset, self.batch_size, self.replicas, self.parts = dataset, batch_size, replicas, parts
         self.dtype, self.memory_format = dtype, memory_format
         device = dataset.train.images.device
         self.step = torch.zeros((), dtype=torch.int64, device=device)
@@ -99,12 +105,13 @@ class TrainingBatches:
 
     def count(self, step: int) -> int:
         """Images in batch number `step` of an epoch."""
-        return min(self.batch_size, len(self.dataset.train) - step * self.batch_size)
+        return min(self.batch_size, self._shown - step * self.batch_size)
 
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
         """The next batch: images [count, 3, H, W] and labels int64 [count]; of replicas [count, R 3, H, W], [R, count].
 
-        Each image appears once in an epoch if `count` is what `self.count` gives for the batch that is next.
+        Each image appears once in an epoch, but for what `parts` leave over, if `count` is what `self.count` gives for
+        the batch that is next.
         """
         rows = self._rows[:count] + self.step * self.batch_size
         order, offsets, flips = (x.index_select(1, rows).flatten(0, 1) for x in self._plan)
@@ -122,7 +129,21 @@ class TrainingBatches:
         train, padding, flip = self.dataset.train, self.dataset.padding, self.dataset.flip
         form = {"epoch": epoch, "padding": padding, "flip": flip, "device": train.images.device}
         plans = [epoch_plan(len(train), seed=seed + r, **form) for r in range(self.replicas)]
+        if self.parts > 1:
+            plans = [self._divided(plan, seed=seed + r) for r, plan in enumerate(plans)]
         return EpochPlan(*(torch.stack(rows) for rows in zip(*plans, strict=True)))
+
+    def _divided(self, plan: EpochPlan, *, seed: int) -> EpochPlan:
+        """The same draws, with the order such that every batch is one of equally many images of each part."""
+        n, device, each = len(plan.order), plan.order.device, self.batch_size // self.parts
+        # Epochs count from 0: no epoch draws from this seed.
+        generator = torch.Generator(device=device).manual_seed(_mixed_seed(seed, -1))
+        part = torch.randperm(n, generator=generator, device=device) // (n // self.parts)  # left over: part P
+        order = plan.order[part[plan.order].argsort(stable=True)][: self._shown].view(self.parts, -1)
+        whole = order.shape[1] // each * each
+        batches = order[:, :whole].unflatten(1, (-1, each)).transpose(0, 1).flatten()
+        order = torch.cat((batches, order[:, whole:].flatten()))
+        return EpochPlan(order, plan.offsets[: self._shown], plan.flips[: self._shown])
 
 
 class EvaluationBatches:
@@ -178,6 +199,17 @@ class EvaluationBatches:
 def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise InputError(f"batch size must be at least 1, got {batch_size}: correct --batch-size")
+
+
+def _check_parts(parts: int, batch_size: int, n: int) -> None:
+    _check_batch_size(batch_size)
+    if not 1 <= parts <= n:
+        raise InputError(f"{n} training images cannot be divided into {parts} parts: give 1 to {n}")
+    if batch_size % parts:
+        raise InputError(
+            f"batch size {batch_size} must be a multiple of {parts}, the parts of the training images that a batch "
+            "takes equally many from: correct --batch-size"
+        )
 
 
 def _mixed_seed(seed: int, epoch: int) -> int:

@@ -48,6 +48,11 @@ class Dataset:
         """K: labels are 0 .. K - 1."""
         return len(self.class_names)
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width)."""
+        return tuple(self.train.images.shape[1:3])
+
     def fingerprint(self) -> str:
         """Sizes and checksum of training and test split; the tensors must be on the CPU."""
         checksum = 0

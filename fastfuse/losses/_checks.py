@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastfuse.errors import InputError, unknown_name
+from fastfuse.nn.connectors import smallest
 
 Maps = Tensor | Sequence[Tensor]
 
@@ -23,12 +24,19 @@ class Batch(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """What a loss was built for: channels per student and stage, the leader's or None, K, and one of its parameters."""
+    """What a loss was built for: channels per student and stage, the leader's or None, K, and one of its parameters.
+
+    Attributes:
+        sizes: (height, width) of each student's last map, if they differ.
+        goal: the one that the fused map has then.
+    """
 
     feature_channels: list[list[int]]
     leader_channels: list[int] | None
     num_classes: int
     parameter: Tensor
+    sizes: list[tuple[int, int]] | None = None
+    goal: tuple[int, int] | None = None
 
 
 def channel_list(channels: int | Sequence[int]) -> list[int]:
@@ -44,11 +52,40 @@ def check_networks(method: str, feature_channels: list[list[int]], leader_channe
     minimum = 2
     if len(feature_channels) < minimum:
         raise InputError(f"{method} needs at least {minimum} students, {len(feature_channels)} given")
-    if method == "ffl" and leader_channels is not None:
-        raise InputError("ffl has no leader: leave leader_channels out, or use method='ffsd'")
+    if method != "ffsd" and leader_channels is not None:
+        raise InputError(f"{method} has no leader: leave leader_channels out, or use method='ffsd'")
     stages = [len(channels) for channels in [*feature_channels, *([leader_channels] if leader_channels else [])]]
     if len(set(stages)) > 1:
         raise InputError(f"all networks must be tapped at equally many stages, not {stages}")
+
+
+def checked_sizes(
+    sizes: Sequence[int | tuple[int, int]] | None, leader_size: int | tuple[int, int] | None, count: int
+) -> tuple[list[tuple[int, int]], tuple[int, int]] | None:
+    """(height, width) of each student's last map and the one to bring them to, or None where all have one size.
+
+    The goal is the leader's, which reads the fused map, or the smallest height and width.
+
+    Raises:
+        InputError: not one per student, no sizes, or a student's map that is smaller than the leader's.
+    """
+    if sizes is None:
+        return None
+    found = [tuple(size) if isinstance(size, Sequence) else (size, size) for size in sizes]
+    leads = tuple(leader_size) if isinstance(leader_size, Sequence) else (leader_size, leader_size)
+    every = found if leader_size is None else [*found, leads]
+    if any(len(size) != 2 or any(not isinstance(n, int) or n < 1 for n in size) for size in every):
+        raise InputError(f"feature_sizes are (height, width) or one number for both, at least 1, not {list(sizes)}")
+    if len(found) != count:
+        raise InputError(f"feature_sizes has {len(found)} sizes for {count} students; give one for each")
+    goal = smallest(found) if leader_size is None else leads
+    for i, size in enumerate(found):
+        if size[0] < goal[0] or size[1] < goal[1]:
+            raise InputError(
+                f"the last map of student {i} is {size[0]}x{size[1]}, smaller than the leader's {goal[0]}x{goal[1]}: "
+                "maps are only brought to smaller ones; choose a leader with the smallest last map"
+            )
+    return None if set(found) == {goal} else (found, goal)
 
 
 def check_number(name: str, value: float, *, positive: bool = False) -> None:
@@ -58,14 +95,14 @@ def check_number(name: str, value: float, *, positive: bool = False) -> None:
 
 
 def resolve_hyperparameters(
-    method: str, defaults: Mapping[str, Any], modes: Sequence[str], given: Mapping[str, Any]
+    method: str, defaults: Mapping[str, Any], choices: Mapping[str, Sequence[str]], given: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The method's defaults with what was given (None: not given).
 
     Args:
         method: its name, for the text of errors.
         defaults: all that it has.
-        modes: what `diversity_mode` can be.
+        choices: what those that are no numbers can be, by name.
         given: by name.
     """
     resolved = dict(defaults)
@@ -74,11 +111,11 @@ def resolve_hyperparameters(
             continue
         if name not in resolved:
             raise InputError(f"{method} has no {name}; it has {', '.join(resolved)}")
-        if name == "diversity_mode":
-            if value not in modes:
-                raise unknown_name("diversity_mode", value, modes)
+        if name in choices:
+            if value not in choices[name]:
+                raise unknown_name(name, value, choices[name])
         else:
-            check_number(name, value, positive=name == "temperature")
+            check_number(name, value, positive=name.endswith("temperature"))
         resolved[name] = value
     return resolved
 
@@ -109,11 +146,11 @@ def checked_batch(
     ]
     first = students[0][-1]
     for i, maps in enumerate(students):
-        _check_grids(f"features[{i}]", maps, first)
+        _check_grids(f"features[{i}]", maps, first, expected.sizes[i] if expected.sizes else None)
     leader = None
     if leader_features is not None:
         leader = _maps("leader_features", leader_features, expected.leader_channels, expected.parameter)
-        _check_grids("leader_features", leader, first)
+        _check_grids("leader_features", leader, first, expected.goal)
     rows = list(logits)
     for i, row in enumerate(rows):
         _check_logits(f"logits[{i}]", row, expected.num_classes, first)
@@ -155,14 +192,22 @@ def _maps(name: str, maps: Maps, channels: list[int], parameter: Tensor) -> list
     return maps
 
 
-def _check_grids(name: str, maps: list[Tensor], first: Tensor) -> None:
-    """All maps have the batch of the first student's last map; the last ones, which are fused, also its resolution."""
+def _check_grids(name: str, maps: list[Tensor], first: Tensor, size: tuple[int, int] | None = None) -> None:
+    """All maps have the batch of the first student's last map; the last ones, which are fused, also its resolution.
+
+    Where a regressor brings them together, the last one has the size that the loss was built for.
+    """
     for feature in maps:
         _check_beside(name, feature, first)
-    if maps[-1].shape[2:] != first.shape[2:]:
+    if size is not None:
+        if tuple(maps[-1].shape[2:]) != size:
+            raise InputError(
+                f"the last map of {name} is {list(maps[-1].shape)}; feature_sizes says {size[0]}x{size[1]} for it"
+            )
+    elif maps[-1].shape[2:] != first.shape[2:]:
         raise InputError(
             f"the last map of {name} {list(maps[-1].shape)} must have the height and width of that of features[0] "
-            f"{list(first.shape)}; resize it first"
+            f"{list(first.shape)}; give the loss the feature_sizes, or resize it first"
         )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastfuse import functional
 from fastfuse.losses.ramps import sigmoid_rampup
@@ -41,7 +41,8 @@ def terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> tuple[d
     hyper = loss.hyperparameters
     students = batch.features
     count = len(students)
-    last = [maps[-1].detach() for maps in students]
+    own = [maps[-1].detach() for maps in students]
+    last = loss.brought_together(own)
     leader, widened = batch.leader_features, None
     if leader is None:
         fused = loss.fusion(last)
@@ -64,7 +65,9 @@ def terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> tuple[d
     pairs = _AttentionPairs()
     diversity_weight = hyper["lambda_diversity"] * weight
     fusion_weight = hyper["lambda_fusion"] * weight
-    distances, shifted = _diversity(loss, [maps[-1] for maps in students[1:]], last[:-1])
+    compared = [maps[-1] for maps in students[1:]]
+    references = [at_size(target, x) for target, x in zip(own[:-1], compared, strict=True)]
+    distances, shifted = _diversity(loss, compared, references)
     distances = (diversity_weight * distances).unbind(0)
     targets = _targets(loss, batch, [*shifted, fused_map])
     for i in range(count):
@@ -83,13 +86,21 @@ def terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> tuple[d
         found["leader_ce"] = cross_entropy[count + 1]
         found["leader_kl"] = divergence[count + 1]
         pairs.add("leader_fusion", fusion_weight, [leader[-1]], [fused_attention])
-        pairs.add("leader_trans_fusion", fusion_weight, [widened], [functional.attention_map(last)])
+        joint = functional.attention_map([x.detach() for x in last])
+        pairs.add("leader_trans_fusion", fusion_weight, [widened], [joint])
         if loss.transforms:
             pairs.add("leader_self_distillation", fusion_weight, leader[:-1], targets["leader"])
     found |= pairs.terms()
     if loss.transforms:
         found |= _transform_terms(loss, batch, hyper["lambda_self_distillation"] * weight)
     return found, fused.logits, fused_map
+
+
+def at_size(target: Tensor, like: Tensor) -> Tensor:
+    """A detached map at another's height and width: itself, means over windows, or positions repeated."""
+    if target.shape[2:] == like.shape[2:]:
+        return target
+    return nn.functional.adaptive_avg_pool2d(target, like.shape[2:])
 
 
 class _AttentionPairs:

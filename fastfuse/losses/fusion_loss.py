@@ -1,4 +1,4 @@
-"""`FusionLoss`: the losses of FFSD and FFL with the modules that they train, for any loop."""
+"""`FusionLoss`: the losses of FFSD, FFL and FFCL with the modules that they train, for any loop."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastfuse import functional
 from fastfuse.errors import InputError, unknown_name
-from fastfuse.losses import ffl, ffsd
+from fastfuse.losses import ffcl, ffl, ffsd
 from fastfuse.losses._checks import (
     Batch,
     Expected,
@@ -17,13 +17,14 @@ from fastfuse.losses._checks import (
     check_networks,
     check_number,
     checked_batch,
+    checked_sizes,
     resolve_hyperparameters,
 )
-from fastfuse.nn.connectors import Connector
+from fastfuse.nn.connectors import Connector, Regressor
 from fastfuse.nn.fusion import FusionHead, TransFusion
 from fastfuse.nn.transforms import DeepToShallow
 
-METHODS = {"ffsd": ffsd, "ffl": ffl}
+METHODS = {"ffsd": ffsd, "ffl": ffl, "ffcl": ffcl}
 FEATURE_TERMS = ("attention", "mse", "kl")
 
 
@@ -49,10 +50,11 @@ class ParameterGroups(NamedTuple):
 
 
 class FusionLoss(nn.Module):
-    """Feature-fusion distillation as a loss: FFSD (arXiv 2103.14473) or FFL (arXiv 1904.09058).
+    """Feature-fusion distillation as a loss: FFSD (arXiv 2103.14473), FFL (arXiv 1904.09058) or FFCL (IJDSN 2021).
 
-    It owns what the terms train (fusion head, trans-fusion, transforms, connectors); give its `parameter_groups()` to
-    the optimizers. One backward of `.loss` trains students, leader and these modules; targets are detached inside.
+    It owns what the terms train (fusion head, trans-fusion, transforms, connectors, regressors); give its
+    `parameter_groups()` to the optimizers. One backward of `.loss` trains students, leader and these modules; targets
+    are detached inside.
 
     Args:
         feature_channels: for each student, the channels of its last map, or of all its tapped maps, shallow to deep.
@@ -60,20 +62,34 @@ class FusionLoss(nn.Module):
             of student i learns from student i's own maps, or, where the last maps of students i - 1 and i differ in
             width, from those of student i - 1, whose map it must read.
         num_classes: K.
-        method: "ffsd" or "ffl".
+        method: "ffsd", "ffl", or "ffcl", whose equations are inferred (docs/methods/ffcl.md) and whose teacher is one
+            of the students here.
         leader_channels: the same for the leader; None trains without one (its logits and maps are then not taken).
-        temperature: T of all KL terms (2 for ffsd, 3 for ffl).
-        rampup_epochs: warm-up of the lambdas (ffsd, 5) or of the KL terms (ffl, 80); 0 switches it off.
+        temperature: T of all KL terms (2 for ffsd, 3 for ffl and ffcl).
+        rampup_epochs: warm-up of the lambdas (ffsd, 5), of the KL terms (ffl, 80) or of all transfer (ffcl, 80); 0
+            switches it off.
         lambda_diversity: weight of diversity and of the students' self-distillation (ffsd, 1e-5).
         lambda_fusion: weight of the leader's attention terms (ffsd, 10).
         lambda_self_distillation: weight of the transforms' training (ffsd, 1000).
         diversity_mode: "published" or "normalized" (ffsd); see `fastfuse.functional.diversity_loss`.
         kl_target_epsilon: added to KL targets (ffl, 0; its program adds 1e-7).
+        response_weight, peer_weight: weights of the KL from the fused head and from the other students (ffcl, 1).
+        attention_weight: weight of every student's attention distance from the fused map (ffcl, 10).
+        regularization: "virtual", "published" or "off" (ffcl); see `fastfuse.losses.ffcl.positive_knowledge`.
+        regularization_weight: of that term; cross-entropy has what is left to 1 (ffcl, 0.1).
+        regularization_temperature: of its virtual teacher (ffcl, 20).
+        detach_fusion: keep the fused head's gradient from the students (ffcl, False, as ffl).
         feature: None for the published terms alone; "attention", "mse" or "kl" adds a term that holds every student's
             last map against the detached fused map, summed across students, with 1x1 connectors for "mse" and "kl"
             where channels differ.
         feature_weight: weight of that term.
         feature_temperature: T of "kl", taken over positions.
+        feature_sizes: (height, width), or one number for both, of each student's last map. Where they differ, a learned
+            regressor (`fastfuse.nn.connectors.Regressor`) brings every larger map to the fused map's size, which is
+            the leader's, or the smallest height and width; None, or equal ones: no regressor. In ffl and ffcl all that
+            follows reads the result; in ffsd the fusion head does, and a student is compared with the one before at
+            its own size, to which that one's map, a target, is pooled or repeated.
+        leader_size: the same of the leader's last map.
 
     Raises:
         InputError: too few students, channels that are no positive integers, an unknown method, term or mode, a
@@ -94,9 +110,18 @@ class FusionLoss(nn.Module):
         lambda_self_distillation: float | None = None,
         diversity_mode: str | None = None,
         kl_target_epsilon: float | None = None,
+        response_weight: float | None = None,
+        peer_weight: float | None = None,
+        attention_weight: float | None = None,
+        regularization: str | None = None,
+        regularization_weight: float | None = None,
+        regularization_temperature: float | None = None,
+        detach_fusion: bool | None = None,
         feature: str | None = None,
         feature_weight: float = 1.0,
         feature_temperature: float = 1.0,
+        feature_sizes: Sequence[int | tuple[int, int]] | None = None,
+        leader_size: int | tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         if method not in METHODS:
@@ -119,13 +144,31 @@ class FusionLoss(nn.Module):
             "lambda_self_distillation": lambda_self_distillation,
             "diversity_mode": diversity_mode,
             "kl_target_epsilon": kl_target_epsilon,
+            "response_weight": response_weight,
+            "peer_weight": peer_weight,
+            "attention_weight": attention_weight,
+            "regularization": regularization,
+            "regularization_weight": regularization_weight,
+            "regularization_temperature": regularization_temperature,
+            "detach_fusion": detach_fusion,
         }
-        self.hyperparameters = resolve_hyperparameters(method, METHODS[method].DEFAULTS, ffsd.DIVERSITY_MODES, given)
+        choices = {"diversity_mode": ffsd.DIVERSITY_MODES, "regularization": ffcl.REGULARIZATIONS}
+        self.hyperparameters = resolve_hyperparameters(method, METHODS[method].DEFAULTS, choices, given)
         self.feature_channels = [channel_list(c) for c in feature_channels]
         self.leader_channels = None if leader_channels is None else channel_list(leader_channels)
         check_networks(method, self.feature_channels, self.leader_channels)
 
+        sizes = checked_sizes(feature_sizes, leader_size, len(self.feature_channels))
+        self.feature_sizes, self.fused_size = sizes or (None, None)
+        if sizes and method == "ffsd" and feature is not None:
+            raise InputError(f"ffsd has no feature={feature!r} for last maps of several sizes: leave it out")
+
         last = [channels[-1] for channels in self.feature_channels]
+        self.regressors = nn.ModuleDict()
+        if self.feature_sizes is not None:
+            for i, (channels, size) in enumerate(zip(last, self.feature_sizes, strict=True)):
+                if size != self.fused_size:
+                    self.regressors[f"student{i}"] = Regressor(channels, size, self.fused_size)
         # The leader's transform reads the fused map, so the fused map has the leader's width where there is a leader.
         fused_channels = self.leader_channels[-1] if self.leader_channels else max(last)
         self.fusion = FusionHead(last, fused_channels, num_classes)
@@ -168,8 +211,13 @@ class FusionLoss(nn.Module):
                 fit together; the text names the argument.
         """
         own = self.fusion.classifier
-        expected = Expected(self.feature_channels, self.leader_channels, own.out_features, own.weight)
+        built_for = (self.feature_channels, self.leader_channels, own.out_features, own.weight)
+        expected = Expected(*built_for, self.feature_sizes, self.fused_size)
         batch = checked_batch(expected, features, logits, labels, leader_features, leader_logits)
+        if self.method != "ffsd":  # whose students are compared with each other as they are
+            together = self.brought_together([maps[-1] for maps in batch.features])
+            changed = [[*maps[:-1], last] for maps, last in zip(batch.features, together, strict=True)]
+            batch = batch._replace(features=changed)
         losses = METHODS[self.method]
         weight = 1.0 if progress is None else losses.ramp(progress, self.hyperparameters["rampup_epochs"])
         terms, fused_logits, fused_map = losses.terms(self, batch, weight)
@@ -177,6 +225,11 @@ class FusionLoss(nn.Module):
             terms["feature"] = self.feature_weight * self._feature_term(batch, fused_map)
         loss = torch.stack(list(terms.values())).sum()
         return FusionLossOutput(loss, {name: term.detach() for name, term in terms.items()}, fused_logits.detach())
+
+    def brought_together(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The students' last maps [B, C_s, H_s, W_s] at one height and width, which is what the fusion head reads."""
+        names = [f"student{i}" for i in range(len(maps))]
+        return [self.regressors[n](x) if n in self.regressors else x for n, x in zip(names, maps, strict=True)]
 
     def parameter_groups(
         self,
@@ -193,13 +246,14 @@ class FusionLoss(nn.Module):
 
         Args:
             lr, momentum, nesterov: of the SGD groups.
-            weight_decay: of trans-fusion, which is part of the leader, and of connectors.
+            weight_decay: of trans-fusion, which is part of the leader, of connectors and of regressors.
             fusion_weight_decay: of the fusion head.
             transform_lr, transform_weight_decay: of the Adam group (coupled L2, as in torch.optim.Adam).
         """
         sgd = {"lr": lr, "momentum": momentum, "nesterov": nesterov}
         groups = [{"params": list(self.fusion.parameters()), **sgd, "weight_decay": fusion_weight_decay}]
-        others = [p for m in (self.trans_fusion, self.connectors) if m is not None for p in m.parameters()]
+        own = (self.trans_fusion, self.connectors, self.regressors)
+        others = [p for m in own if m is not None for p in m.parameters()]
         if others:
             groups.append({"params": others, **sgd, "weight_decay": weight_decay})
         transforms = list(self.transforms.parameters())

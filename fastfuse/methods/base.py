@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastfuse.errors import InputError, unknown_name
 from fastfuse.losses import ParameterGroups
 from fastfuse.nn import STRATEGIES, Networks
+from fastfuse.nn.teachers import Teachers
 
 
 class MethodOutput(NamedTuple):
@@ -28,7 +29,13 @@ class Method(nn.Module, ABC):
 
     Class attributes:
         name: as on the command line.
-        minimum_students: fewest students it works with.
+        minimum_students, maximum_students: how many students it works with; no maximum is None.
+        default_students: how many it has without a word.
+        teacher_count: frozen teachers that it has without a word; 0 is a method without teachers.
+        extra_network: "leader" or "teacher" of a method that trains one more network beside its students.
+        takes_image_size: whether its constructor wants the images' (height, width), as networks of several
+            architectures may give maps of several sizes.
+        image_parts: parts of the training images that every batch has equally many of, in order.
         deployed: name of the network that is kept after training.
         defaults: its own hyper-parameters with their published values.
         loop_only: of a method without `peers`, why its networks run in no other way than "loop".
@@ -36,6 +43,12 @@ class Method(nn.Module, ABC):
 
     name: ClassVar[str]
     minimum_students: ClassVar[int]
+    maximum_students: ClassVar[int | None] = None
+    default_students: ClassVar[int] = 2
+    teacher_count: ClassVar[int] = 0
+    extra_network: ClassVar[str | None] = None
+    takes_image_size: ClassVar[bool] = False
+    image_parts: ClassVar[int] = 1
     deployed: ClassVar[str]
     defaults: ClassVar[Mapping[str, Any]] = {}
     loop_only: ClassVar[str] = "it holds no networks that read the images side by side"
@@ -57,6 +70,10 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def outputs(self, images: Tensor) -> Sequence[Any]:
         """What each network gives, (logits, features)."""
+
+    def targets(self, images: Tensor) -> list[Any]:
+        """What frozen teachers make of the images; of a method with both, `outputs` is what `peers` give, then this."""
+        return []
 
     @abstractmethod
     def losses(self, outputs: Sequence[Any], labels: Tensor, progress: Tensor) -> MethodOutput:
@@ -91,12 +108,19 @@ class Method(nn.Module, ABC):
         """
         if strategy not in (*STRATEGIES, "auto"):
             raise unknown_name("strategy", strategy, (*STRATEGIES, "auto"))
+        self.arrange_teachers(strategy)
         peers = getattr(self, "peers", None)
         if isinstance(peers, Networks):
             return peers.arrange(strategy)
         if strategy not in ("loop", "auto"):
             raise InputError(f"{self.name} cannot run as {strategy}: {self.loop_only}; use --strategy loop")
         return "loop"
+
+    def arrange_teachers(self, strategy: str) -> None:
+        """Choose how frozen teachers are run, if there are any, see `fastfuse.nn.teachers`."""
+        teachers = getattr(self, "teachers", None)
+        if isinstance(teachers, Teachers):
+            teachers.arrange(strategy)
 
     def split(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """What goes with parameter `name`, such as its momentum, by the names of networks that stand alone.
@@ -132,16 +156,25 @@ class Method(nn.Module, ABC):
     def deployed_state(self) -> dict[str, Tensor]:
         """The weights of the deployed network alone, under the keys of the plain network."""
 
+    def results(self) -> dict[str, Any]:
+        """What a method found besides weights, by name, as JSON can hold it; it may wait for the device."""
+        return {}
+
     def deployed_states(self) -> dict[str, dict[str, Tensor]]:
         """What is deployed, by name: one network, unless there are replicas."""
         return {self.deployed: self.deployed_state()}
 
 
 def check_students(method: type[Method], students: int) -> None:
-    """Refuse fewer students than a method needs."""
+    """Refuse fewer students than a method needs, and more than it can have."""
     if students < method.minimum_students:
         raise InputError(
             f"{method.name} needs at least {method.minimum_students} students, not {students}; raise --students"
+        )
+    if method.maximum_students is not None and students > method.maximum_students:
+        raise InputError(
+            f"{method.name} trains at most {method.maximum_students} student, not {students}; lower --students, or "
+            "train several seeds with --replicas"
         )
 
 

@@ -1,6 +1,6 @@
 """DML: deep mutual learning (Zhang et al., arXiv 1706.00384)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -16,8 +16,7 @@ class DML(Independent):
     has T = 1.
 
     Args:
-        make_network: gives a freshly initialised network each time.
-        students: S, at least 2.
+        make_networks: each gives a freshly initialised network, at least two; they may differ in architecture.
         num_classes: K.
         temperature: T.
     """
@@ -27,9 +26,9 @@ class DML(Independent):
     defaults = {"temperature": 2.0}  # noqa: RUF012 - declared as a ClassVar[Mapping] in Method
 
     def __init__(
-        self, make_network: Callable[[], nn.Module], students: int, num_classes: int, *, temperature: float = 2.0
+        self, make_networks: Sequence[Callable[[], nn.Module]], num_classes: int, *, temperature: float = 2.0
     ) -> None:
-        super().__init__(make_network, students, num_classes)
+        super().__init__(make_networks, num_classes)
         if not temperature > 0:
             raise InputError(f"temperature must be positive, not {temperature}")
         self.temperature = temperature

@@ -1,4 +1,4 @@
-"""FFL: sub-networks on a shared trunk and their fusion head.
+"""FFL: sub-networks, on a shared trunk or apart, and their fusion head.
 
 Kim et al., "Feature Fusion for Online Mutual Knowledge Distillation", arXiv 1904.09058.
 """
@@ -8,38 +8,72 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastfuse.errors import InputError, unknown_name
 from fastfuse.losses import FusionLoss, ParameterGroups, ffl
-from fastfuse.methods.base import Method, MethodOutput, network_group
-from fastfuse.models.cifar_resnet import BranchedCifarResNet
+from fastfuse.methods.base import Method, MethodOutput, check_students, network_group
+from fastfuse.models.branching import Branched
+from fastfuse.models.sizes import last_map_sizes
+from fastfuse.nn import Networks
+
+SHARING = ("shared", "separate")
 
 
 class FFL(Method):
-    """A trunk with S branches whose fused map teaches them and learns from their ensemble; sub-network 0 is deployed.
+    """S sub-networks whose fused map teaches them and learns from their ensemble; sub-network 0 is deployed.
 
     Args:
-        make_network: gives a trunk with the wanted number of branches.
-        students: S, at least 2 (published: 2).
+        make_networks: each gives a freshly initialised network, at least two; of one architecture where they share a
+            trunk, of any where they are separate.
         num_classes: K.
+        sharing: "shared", branches on one trunk (FFL-S, the published program), or "separate" networks.
+        branch_stage: number of stages in the trunk; None is all but the last, as published.
+        image_size: (height, width), or one number for both, of the images. Given, the sizes of separate networks' last
+            maps are found, and where they differ a learned regressor brings them together; None takes them as equal.
         hyperparameters: of `FusionLoss(method="ffl")`.
+
+    Attributes:
+        network: the trunk with its branches, if shared.
+        peers: the networks, if separate.
     """
 
     name = "ffl"
     minimum_students = 2
     deployed = "student0"
-    defaults = ffl.DEFAULTS
+    takes_image_size = True
+    defaults = {**ffl.DEFAULTS, "sharing": "shared", "branch_stage": None}  # noqa: RUF012 - a ClassVar in Method
     loop_only = "its sub-networks are branches on a trunk that they share, not networks of their own"
 
     def __init__(
-        self, make_network: Callable[[], BranchedCifarResNet], students: int, num_classes: int, **hyperparameters: Any
+        self,
+        make_networks: Sequence[Callable[[], nn.Module]],
+        num_classes: int,
+        *,
+        sharing: str = "shared",
+        branch_stage: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        **hyperparameters: Any,
     ) -> None:
         super().__init__()
-        self.network = make_network()
-        last = self.network.feature_channels[-1]
-        self.criterion = FusionLoss([last] * students, num_classes, method="ffl", **hyperparameters)
+        check_students(type(self), len(make_networks))
+        if sharing not in SHARING:
+            raise unknown_name("--sharing", sharing, SHARING)
+        if sharing == "separate" and branch_stage is not None:
+            raise InputError("--branch-stage is where a shared trunk ends: leave it out with --sharing separate")
+        networks = [make() for make in make_networks]
+        channels = [network.feature_channels[-1] for network in networks]
+        sizes = None
+        if sharing == "shared":
+            self.network = Branched(networks, stage=branch_stage)
+        else:
+            self.peers = Networks(networks)
+            if image_size is not None:
+                sizes = last_map_sizes(networks, image_size)
+        self.sharing = sharing
+        self.criterion = FusionLoss(channels, num_classes, method="ffl", feature_sizes=sizes, **hyperparameters)
 
     def outputs(self, images: Tensor) -> Sequence[Any]:
         """See `Method.outputs`."""
-        return self.network(images)
+        return self.network(images) if self.sharing == "shared" else self.peers(images)
 
     def losses(self, outputs: Sequence[Any], labels: Tensor, progress: Tensor) -> MethodOutput:
         """See `Method.losses`."""
@@ -52,22 +86,25 @@ class FFL(Method):
     def heads(self, outputs: Sequence[Any]) -> dict[str, Tensor]:
         """See `Method.heads`."""
         logits = {name: s.logits for name, s in zip(self.students(), outputs, strict=True)}
-        logits["fusion"] = self.criterion.fusion([s.features[-1] for s in outputs]).logits
-        return logits
+        maps = self.criterion.brought_together([s.features[-1] for s in outputs])
+        return logits | {"fusion": self.criterion.fusion(maps).logits}
 
     def networks(self) -> dict[str, nn.Module]:
         """See `Method.networks`."""
-        return {"network": self.network, "fusion": self.criterion.fusion}
+        shared = self.sharing == "shared"
+        own = {"network": self.network} if shared else dict(zip(self.students(), self.peers, strict=True))
+        return own | {"fusion": self.criterion.fusion}
 
     def students(self) -> list[str]:
         """See `Method.students`."""
-        return [f"student{i}" for i in range(len(self.network.branches))]
+        return [f"student{i}" for i in range(len(self.criterion.feature_channels))]
 
     def parameter_groups(self, **settings: Any) -> ParameterGroups:
         """See `Method.parameter_groups`."""
         own = self.criterion.parameter_groups(**settings)
-        return ParameterGroups([network_group(list(self.network.parameters()), **settings), *own.sgd], own.adam)
+        networks = self.network if self.sharing == "shared" else self.peers
+        return ParameterGroups([network_group(list(networks.parameters()), **settings), *own.sgd], own.adam)
 
     def deployed_state(self) -> dict[str, Tensor]:
         """See `Method.deployed_state`."""
-        return self.network.plain_state_dict(0)
+        return self.network.plain_state_dict(0) if self.sharing == "shared" else self.peers.state_of(0)

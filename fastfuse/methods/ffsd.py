@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastfuse.losses import FusionLoss, ParameterGroups, ffsd
 from fastfuse.methods.base import Method, MethodOutput, network_group
+from fastfuse.models.sizes import last_map_sizes
 from fastfuse.nn import Networks
 
 
@@ -17,9 +18,10 @@ class FFSD(Method):
     """S common students, their fusion head, and a leader that learns from the fused map; the leader is deployed.
 
     Args:
-        make_network: gives a freshly initialised network each time.
-        students: S, at least 2.
+        make_networks: each gives a freshly initialised common student, at least two; they may differ in architecture.
         num_classes: K.
+        leader: gives the leader; None: one like the first student.
+        image_size: see `FFL`.
         hyperparameters: of `FusionLoss(method="ffsd")`.
 
     Attributes:
@@ -29,16 +31,28 @@ class FFSD(Method):
     name = "ffsd"
     minimum_students = 2
     deployed = "leader"
+    extra_network = "leader"
+    takes_image_size = True
     defaults = ffsd.DEFAULTS
 
     def __init__(
-        self, make_network: Callable[[], nn.Module], students: int, num_classes: int, **hyperparameters: Any
+        self,
+        make_networks: Sequence[Callable[[], nn.Module]],
+        num_classes: int,
+        *,
+        leader: Callable[[], nn.Module] | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        **hyperparameters: Any,
     ) -> None:
         super().__init__()
-        self.peers = Networks(make_network() for _ in range(students + 1))
-        channels = self.peers[-1].feature_channels
+        self.peers = Networks(make() for make in (*make_networks, leader or make_networks[0]))
+        *students, leads = (network.feature_channels for network in self.peers)
+        sizes = {}
+        if image_size is not None:
+            *own, its = last_map_sizes(self.peers, image_size)
+            sizes = {"feature_sizes": own, "leader_size": its}
         self.criterion = FusionLoss(
-            [channels] * students, num_classes, method="ffsd", leader_channels=channels, **hyperparameters
+            students, num_classes, method="ffsd", leader_channels=leads, **sizes, **hyperparameters
         )
 
     def outputs(self, images: Tensor) -> Sequence[Any]:
@@ -64,7 +78,8 @@ class FFSD(Method):
         """See `Method.heads`."""
         *students, leader = outputs
         logits = {name: s.logits for name, s in zip(self.students(), students, strict=True)}
-        logits["fusion"] = self.criterion.fusion([s.features[-1] for s in students]).logits
+        maps = self.criterion.brought_together([s.features[-1] for s in students])
+        logits["fusion"] = self.criterion.fusion(maps).logits
         return logits | {"leader": leader.logits}
 
     def networks(self) -> dict[str, nn.Module]:

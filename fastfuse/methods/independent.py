@@ -16,8 +16,7 @@ class Independent(Method):
     """S networks, each trained by cross-entropy alone; the first is deployed.
 
     Args:
-        make_network: gives a freshly initialised network each time.
-        students: S, at least 1.
+        make_networks: each gives a freshly initialised network; they may differ in architecture.
         num_classes: K.
     """
 
@@ -25,10 +24,10 @@ class Independent(Method):
     minimum_students = 1
     deployed = "student0"
 
-    def __init__(self, make_network: Callable[[], nn.Module], students: int, num_classes: int) -> None:
+    def __init__(self, make_networks: Sequence[Callable[[], nn.Module]], num_classes: int) -> None:
         super().__init__()
-        check_students(type(self), students)
-        self.peers = Networks(make_network() for _ in range(students))
+        check_students(type(self), len(make_networks))
+        self.peers = Networks(make() for make in make_networks)
 
     def outputs(self, images: Tensor) -> Sequence[Any]:
         """See `Method.outputs`."""

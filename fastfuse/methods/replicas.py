@@ -27,14 +27,16 @@ class Replicas(Method):
         super().__init__()
         self.methods = nn.ModuleList(methods)
         self.names = list(names)
-        self.name, self.minimum_students, self.deployed = (
-            getattr(methods[0], attribute) for attribute in ("name", "minimum_students", "deployed")
+        self.name, self.minimum_students, self.deployed, self.image_parts = (
+            getattr(methods[0], attribute) for attribute in ("name", "minimum_students", "deployed", "image_parts")
         )
 
     def arrange(self, strategy: str) -> str:
         """See `Method.arrange`."""
         if isinstance(getattr(self, "peers", None), Networks):
             return self.peers.arrange(strategy, replicas=len(self.methods))
+        for method in self.methods:
+            method.arrange_teachers(strategy)
         own = [getattr(method, "peers", None) for method in self.methods]
         if not all(isinstance(peers, Networks) for peers in own):
             return self.methods[0].arrange(strategy)
@@ -47,12 +49,11 @@ class Replicas(Method):
 
     def outputs(self, images: Tensor) -> Sequence[Any]:
         """What the networks of each replica give; images [B, R 3, H, W]."""
+        each = images.chunk(len(self.methods), 1)
         if not hasattr(self, "peers"):
-            each = images.chunk(len(self.methods), 1)
             return [method.outputs(batch) for method, batch in zip(self.methods, each, strict=True)]
-        found = self.peers(images)
-        shares = [method.peers for method in self.methods]
-        return [found[share.start : share.start + len(share)] for share in shares]
+        targets = [method.targets(batch) for method, batch in zip(self.methods, each, strict=True)]
+        return [[*own, *others] for own, others in zip(self._peers_of_each(images), targets, strict=True)]
 
     def losses(self, outputs: Sequence[Any], labels: Tensor, progress: Tensor) -> MethodOutput:
         """See `Method.losses`; labels [R, B]. The loss is the sum of the replicas', of which each is a term."""
@@ -67,7 +68,15 @@ class Replicas(Method):
 
     def predict(self, images: Tensor) -> dict[str, Tensor]:
         """See `Method.predict`; every replica sees the same images [B, 3, H, W]."""
-        return self.heads(self.outputs(images.repeat(1, len(self.methods), 1, 1)))
+        side_by_side = images.repeat(1, len(self.methods), 1, 1)
+        # No head is a teacher where there are networks side by side.
+        given = self._peers_of_each(side_by_side) if hasattr(self, "peers") else self.outputs(side_by_side)
+        return self.heads(given)
+
+    def _peers_of_each(self, images: Tensor) -> list[list[Any]]:
+        found = self.peers(images)
+        shares = [method.peers for method in self.methods]
+        return [found[share.start : share.start + len(share)] for share in shares]
 
     def heads(self, outputs: Sequence[Any]) -> dict[str, Tensor]:
         """See `Method.heads`."""
@@ -95,6 +104,14 @@ class Replicas(Method):
             # The first group of a method is that of its networks, of which a share has no parameters.
             own[0].sgd[0]["params"] = list(self.peers.parameters())
         return ParameterGroups(*(_merged([g for groups in kind for g in groups]) for kind in zip(*own, strict=True)))
+
+    def results(self) -> dict[str, Any]:
+        """See `Method.results`: of each replica by its name."""
+        found: dict[str, Any] = {}
+        for replica, method in zip(self.names, self.methods, strict=True):
+            for name, result in method.results().items():
+                found.setdefault(name, {})[replica] = result
+        return found
 
     def deployed_states(self) -> dict[str, dict[str, Tensor]]:
         """See `Method.deployed_states`: one for each replica."""

@@ -1,7 +1,7 @@
 """Networks that return (logits, features); ours without hooks, those of others by `extract`."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -24,7 +24,7 @@ NAMES = (
 )
 
 
-def build(name: str, num_classes: int, **options: Any) -> nn.Module:
+def build(name: str, num_classes: int, *, taps: Sequence[str] = (), **options: Any) -> nn.Module:
     """A network by name.
 
     Args:
@@ -32,15 +32,20 @@ def build(name: str, num_classes: int, **options: Any) -> nn.Module:
             `resnet18`, `resnet34`, which are ImageNet's and need torchvision; or a network of others,
             `torchvision:NAME`, `timm:NAME` or `package.module:factory` (see `fastfuse.models.foreign`).
         num_classes: K, at least 1.
+        taps: layers whose maps are the features, shallow to deep, in place of the network's own.
         options: the named deviations of a family (see `WideResNet`, `DenseNet`, `GoogLeNet`); arguments of a network
             of others.
 
     Raises:
-        InputError: an unknown name (the near ones are listed), depth, or option, or a network of a library that is
-            not there.
+        InputError: an unknown name (the near ones are listed), depth, option or layer, or a network of a library that
+            is not there.
     """
     if num_classes < 1:
         raise InputError(f"num_classes must be at least 1, not {num_classes}")
+    if taps:
+        from fastfuse.models.foreign import tapped_at
+
+        return tapped_at(build(name, num_classes, **options), name, taps)
     if ":" in name:
         from fastfuse.models.foreign import build_foreign
 
@@ -73,19 +78,26 @@ def build(name: str, num_classes: int, **options: Any) -> nn.Module:
     raise unknown_name("model", name, NAMES)
 
 
-def branched(name: str, num_classes: int, *, branches: int, **options: Any) -> nn.Module:
-    """The same network with a shared trunk and one last stage per branch.
+def branched(name: str, num_classes: int, *, branches: int, stage: int | None = None, **options: Any) -> nn.Module:
+    """Sub-networks of one architecture on a shared trunk, see `fastfuse.models.branching.Branched`.
+
+    Args:
+        name: of a network that has stages: all but those of others.
+        num_classes: K.
+        branches: number of sub-networks.
+        stage: number of stages that they share; None is all but the last.
+        options: see `build`.
 
     Raises:
-        InputError: a model that has no branch-sharing form.
+        InputError: as `build`; a network without stages, or no such number of stages.
     """
-    match = re.fullmatch(r"resnet(\d+)", name)
-    if not match or name in IMAGENET or options:
-        build(name, num_classes, **options)  # an unknown name or option is that error first
-        raise InputError(f"{name} has no branch-sharing form; choose resnet20, resnet32, resnet56 or resnet110")
-    from fastfuse.models.cifar_resnet import BranchedCifarResNet
+    from fastfuse.models.branching import Branched, check_stages
 
-    return BranchedCifarResNet(int(match[1]), num_classes, branches)
+    if branches < 1:
+        raise InputError(f"branches must be at least 1, not {branches}")
+    networks = [build(name, num_classes, **options) for _ in range(branches)]
+    check_stages(networks[0], name)
+    return Branched(networks, stage=stage)
 
 
 def _check_options(name: str, options: Iterable[str], known: tuple[str, ...]) -> None:

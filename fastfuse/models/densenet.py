@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfuse.errors import InputError
-from fastfuse.models._blocks import NetworkOutput, initialise, pooled
+from fastfuse.models._blocks import Widening, initialise, pooled
 
 
 class DenseLayer(nn.Module):
@@ -37,7 +37,7 @@ class Transition(nn.Module):
         return self.pool(self.conv1(self.relu(self.bn1(x))))
 
 
-class DenseNet(nn.Module):
+class DenseNet(Widening):
     """DenseNet-L-k: three dense blocks of (L - 4) / 3 layers, each adding k channels, and no compression between them.
 
     Taps are the results of the first two blocks, before the transition's batch norm and so signed, and the last ReLU.
@@ -49,6 +49,8 @@ class DenseNet(nn.Module):
         num_classes: K.
         first_channels: of the first convolution; None is 2k as published, the paper has 16.
     """
+
+    stage_modules = (("conv1", "dense1"), ("trans1", "dense2"), ("trans2", "dense3"))
 
     def __init__(self, depth: int, growth: int, num_classes: int, *, first_channels: int | None = None) -> None:
         super().__init__()
@@ -76,9 +78,7 @@ class DenseNet(nn.Module):
         self.fc = nn.Linear(deep, num_classes)
         initialise(self)
 
-    def forward(self, images: Tensor) -> NetworkOutput:
-        """[B, 3, H, W] to logits [B, K] and maps of 1, 1/2, 1/4 of the extent: two signed ones and a rectified one."""
-        shallow = self.dense1(self.conv1(images))
-        middle = self.dense2(self.trans1(shallow))
-        deep = self.relu(self.bn(self.dense3(self.trans2(middle))))
-        return NetworkOutput(self.fc(pooled(deep)), (shallow, middle, deep))
+    def head(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Staged.head`; the last map is tapped behind its activation."""
+        deep = self.relu(self.bn(x))
+        return self.fc(pooled(deep)), deep

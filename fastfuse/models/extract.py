@@ -32,6 +32,15 @@ def extract(model: nn.Module, taps: Mapping[str, str] | Sequence[str]) -> nn.Mod
         InputError: a layer that does not exist (the near ones are listed), or cannot be tapped; and when called, one
             that did not run exactly once, gave no tensor, or whose result was overwritten by what follows it.
     """
+    return Extracted(model, list(taps) if isinstance(taps, Mapping) else None, checked_taps(model, taps))
+
+
+def checked_taps(model: nn.Module, taps: Mapping[str, str] | Sequence[str]) -> list[str]:
+    """The paths of taps, if `extract` can serve them.
+
+    Raises:
+        InputError: see `extract`.
+    """
     if not isinstance(model, nn.Module):
         raise InputError(f"extract needs a torch.nn.Module, not a {type(model).__name__}")
     _check_network(model)
@@ -40,7 +49,7 @@ def extract(model: nn.Module, taps: Mapping[str, str] | Sequence[str]) -> nn.Mod
         raise InputError("taps are paths of layers by name, or a list of them, at least one: {'deep': 'layer4'}")
     for path in paths:
         _check_layer(model, path)
-    return Extracted(model, list(taps) if isinstance(taps, Mapping) else None, paths)
+    return paths
 
 
 class Wrapper(nn.Module):

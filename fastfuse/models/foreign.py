@@ -10,7 +10,7 @@ Weights are drawn anew. A tap is the last map of each resolution, found by a for
 import copy
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastfuse.errors import InputError, unknown_name
 from fastfuse.models._blocks import NetworkOutput
-from fastfuse.models.extract import Wrapper, extract, last_maps
+from fastfuse.models.extract import Extracted, Wrapper, checked_taps, extract, last_maps
 
 # Tried in this order: a network for large images may need as many, and one for small images may take no more.
 BLANK_SIZES = (224, 32)
@@ -50,6 +50,44 @@ def build_foreign(name: str, num_classes: int, **options: Any) -> nn.Module:
     return tapped(network, name, num_classes)
 
 
+def pretrained(name: str, num_classes: int) -> nn.Module:
+    """A network of torchvision or timm with the weights that its library has for it, downloaded where they are not.
+
+    Args:
+        name: torchvision:NAME, whose default weights are taken, or timm:NAME.
+        num_classes: K of the data, which the weights must have been trained for.
+
+    Raises:
+        InputError: no such library or network, no weights for it or none that can be fetched, or weights for another
+            number of classes.
+    """
+    library, _, own = name.partition(":")
+    maker = _MAKERS[library](own)  # says what is wrong with the name
+    try:
+        if library == "torchvision":
+            from fastfuse.models.imagenet import _torchvision_models
+
+            weights = _torchvision_models(name).get_model_weights(own).DEFAULT
+            classes = len(weights.meta["categories"])
+            network = maker(weights=weights, num_classes=classes) if classes == num_classes else None
+        else:
+            import timm
+
+            network = timm.create_model(own, pretrained=True)
+            classes = network.num_classes
+    except Exception as error:  # no weights at all, no network, a damaged download: each library has its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"the weights of {name} cannot be had ({reason}); give a weight file or a run folder in --teachers"
+        ) from error
+    if classes != num_classes:
+        raise InputError(
+            f"the weights of {name} know {classes} classes, and the data have {num_classes}: train such a network on "
+            f"these data and give its run, or leave --teachers out and give --teacher-model {name}"
+        )
+    return tapped(network, name, num_classes)
+
+
 def tapped(network: nn.Module, name: str, num_classes: int) -> nn.Module:
     """A classifier with its taps chosen automatically.
 
@@ -77,6 +115,44 @@ def tapped(network: nn.Module, name: str, num_classes: int) -> nn.Module:
     made = Intermediates(network, taps) if find is _intermediate_maps else extract(network, taps)
     made.feature_channels = tuple(training[tap][0] for tap in taps)
     return made
+
+
+def tapped_at(network: nn.Module, name: str, taps: Sequence[str]) -> nn.Module:
+    """A network with layers of it as its taps.
+
+    Args:
+        network: images [B, 3, H, W] to logits [B, K]; taps of its own are left.
+        name: for messages.
+        taps: paths of layers, shallow to deep.
+
+    Raises:
+        InputError: a layer that does not exist or cannot be tapped, or gives no map [B, C, H, W].
+    """
+    own = network.network if isinstance(network, Wrapper) else network
+    made = Tapped(own, None, checked_taps(own, taps))
+
+    def shapes(blank: Tapped, images: Tensor) -> list[torch.Size]:
+        with torch.no_grad():
+            return [feature.shape for feature in blank(images).features]
+
+    found = _on_blank_images(made, name, shapes)["training"]
+    for path, shape in zip(taps, found, strict=True):
+        if len(shape) != 4:
+            raise InputError(f"--taps {path}: the layer gives {list(shape)}, not a map [B, C, H, W]; tap another one")
+    sizes = [shape[-1] for shape in found]
+    if sizes != sorted(sizes, reverse=True):
+        raise InputError(f"--taps {' '.join(taps)}: maps are given shallow to deep, but these have widths {sizes}")
+    made.feature_channels = tuple(shape[1] for shape in found)
+    return made
+
+
+class Tapped(Extracted):
+    """A network, which may have taps of its own, with others."""
+
+    def forward(self, images: Tensor) -> NetworkOutput:
+        """[B, 3, H, W] to logits [B, K] and the maps."""
+        output, features = super().forward(images)
+        return NetworkOutput(output.logits if isinstance(output, NetworkOutput) else output, features)
 
 
 class Intermediates(Wrapper):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfuse.errors import InputError
-from fastfuse.models._blocks import NetworkOutput, initialise, pooled
+from fastfuse.models._blocks import Widening, initialise, pooled
 
 # Table 1 of the paper, per module: 1x1; before the 3x3, 3x3; before the 5x5, 5x5; after the pooling.
 STAGES = (
@@ -61,7 +61,7 @@ class Inception(nn.Module):
         return torch.cat((self.branch1x1(x), self.branch3x3(x), self.branch5x5(x), self.branch_pool(x)), 1)
 
 
-class GoogLeNet(nn.Module):
+class GoogLeNet(Widening):
     """GoogLeNet with a stem of one 3x3 convolution at full resolution; a tap is the last module of each resolution.
 
     As published: no pooling in the stem, batch norm after every convolution, no auxiliary classifiers. What else
@@ -73,6 +73,9 @@ class GoogLeNet(nn.Module):
         split_5x5: two 3x3 convolutions, both of the 5x5's width, in its place (published: True; the paper has the 5x5).
         dropout: probability before the classifier (published: 0; the paper has 0.4).
     """
+
+    # The pooling has no parameters and serves twice.
+    stage_modules = (("stem", "stage1"), ("pool", "stage2"), ("pool", "stage3"))
 
     def __init__(
         self, num_classes: int, *, conv_bias: bool = True, split_5x5: bool = True, dropout: float = 0.0
@@ -95,9 +98,6 @@ class GoogLeNet(nn.Module):
         self.fc = nn.Linear(channels, num_classes)
         initialise(self)
 
-    def forward(self, images: Tensor) -> NetworkOutput:
-        """[B, 3, H, W] to logits [B, K] and maps of 480, 832, 1024 channels and 1, 1/2, 1/4 of the extent."""
-        shallow = self.stage1(self.stem(images))
-        middle = self.stage2(self.pool(shallow))
-        deep = self.stage3(self.pool(middle))
-        return NetworkOutput(self.fc(self.dropout(pooled(deep))), (shallow, middle, deep))
+    def head(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Staged.head`."""
+        return self.fc(self.dropout(pooled(x))), x

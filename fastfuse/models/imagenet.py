@@ -3,13 +3,13 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastfuse.errors import InputError
-from fastfuse.models._blocks import NetworkOutput
+from fastfuse.models._blocks import Staged
 
 
-class ImageNetResNet(nn.Module):
+class ImageNetResNet(Staged):
     """The layers of a torchvision ResNet under their own names: state dicts load both ways with `strict=True`.
 
     Initialised as torchvision does, which is what the published FFSD networks do: convolutions N(0, sqrt(2 / (kh kw
@@ -24,20 +24,16 @@ class ImageNetResNet(nn.Module):
     """
 
     feature_channels = (64, 128, 256, 512)
+    stage_modules = (("conv1", "bn1", "relu", "maxpool", "layer1"), ("layer2",), ("layer3",), ("layer4",))
 
     def __init__(self, name: str, num_classes: int) -> None:
         super().__init__()
         for child, layer in _torchvision_models(name).get_model(name, num_classes=num_classes).named_children():
             self.add_module(child, layer)
 
-    def forward(self, images: Tensor) -> NetworkOutput:
-        """[B, 3, H, W] to logits [B, K] and the maps of the four stages, of 1/4, 1/8, 1/16 and 1/32 of the extent."""
-        first = self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(images)))))
-        second = self.layer2(first)
-        third = self.layer3(second)
-        fourth = self.layer4(third)
-        logits = self.fc(torch.flatten(self.avgpool(fourth), 1))
-        return NetworkOutput(logits, (first, second, third, fourth))
+    def head(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Staged.head`."""
+        return self.fc(torch.flatten(self.avgpool(x), 1)), x
 
 
 def _torchvision_models(name: str) -> Any:

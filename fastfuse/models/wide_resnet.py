@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from fastfuse.errors import InputError
-from fastfuse.models._blocks import NetworkOutput, initialise, pooled
+from fastfuse.models._blocks import Staged, initialise, pooled
 
 
 class WideBlock(nn.Module):
@@ -32,7 +32,7 @@ class WideBlock(nn.Module):
         return out + self.shortcut(activated if convolved_shortcut and self.shortcut_input == "activated" else x)
 
 
-class WideResNet(nn.Module):
+class WideResNet(Staged):
     """WRN-d-k: widths 16k, 32k, 64k; taps after the first two stages (before their activation) and after the last ReLU.
 
     The published FFSD networks deviate from the paper of Wide ResNet; each deviation is an option whose default is the
@@ -47,6 +47,8 @@ class WideResNet(nn.Module):
         shortcut_input: what a 1x1 shortcut reads, the block's "raw" input (published) or the "activated" one.
         last_norm_momentum: PyTorch momentum of the last batch norm: 0.9 as published, 0.1 recommended.
     """
+
+    stage_modules = (("conv1", "layer1"), ("layer2",), ("layer3",))
 
     def __init__(
         self,
@@ -88,9 +90,7 @@ class WideResNet(nn.Module):
         self.fc = nn.Linear(deep, num_classes)
         initialise(self)
 
-    def forward(self, images: Tensor) -> NetworkOutput:
-        """[B, 3, H, W] to logits [B, K] and maps of 16k and 32k (signed) and 64k (rectified) channels."""
-        shallow = self.layer1(self.conv1(images))
-        middle = self.layer2(shallow)
-        deep = self.relu(self.bn1(self.layer3(middle)))
-        return NetworkOutput(self.fc(pooled(deep)), (shallow, middle, deep))
+    def head(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Staged.head`; the last map is tapped behind its activation."""
+        deep = self.relu(self.bn1(x))
+        return self.fc(pooled(deep)), deep

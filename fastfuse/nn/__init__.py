@@ -3,5 +3,6 @@
 from fastfuse.nn.networks import Networks
 from fastfuse.nn.stacked import stack, unstack
 from fastfuse.nn.strategy import STRATEGIES
+from fastfuse.nn.teachers import Teachers
 
-__all__ = ["STRATEGIES", "Networks", "stack", "unstack"]
+__all__ = ["STRATEGIES", "Networks", "Teachers", "stack", "unstack"]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import fx, nn
 
+from fastfuse.errors import InputError
 from fastfuse.nn import _stacked_graph as graphs
 from fastfuse.nn._stacked_graph import refusal
 from fastfuse.nn._stacked_layers import tensors_of
@@ -27,6 +28,15 @@ def check_alike(models: Sequence[nn.Module], traced: fx.GraphModule) -> None:
                 raise refusal(f"networks[{i}] beside networks[0]", f"{name} is {ours}, and {theirs} there")
         if graphs.trace(model).code != traced.code:
             raise refusal(f"networks[{i}] beside networks[0]", "its forward calls its layers in another way")
+
+
+def are_alike(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two networks differ in values alone, as far as can be told: False where a forward cannot be traced."""
+    try:
+        check_alike([first, second], graphs.trace(first))
+    except InputError:
+        return False
+    return True
 
 
 def _description(model: nn.Module) -> dict[str, str]:

@@ -1,6 +1,10 @@
-"""Connectors that bring maps of different widths together."""
+"""Connectors that bring maps of different widths and sizes together."""
+
+from collections.abc import Sequence
 
 from torch import Tensor, nn
+
+Size = tuple[int, int]
 
 
 class Connector(nn.Module):
@@ -18,3 +22,29 @@ class Connector(nn.Module):
     def forward(self, feature: Tensor) -> Tensor:
         """[B, C_in, H, W] to [B, C_out, H, W]."""
         return self.norm(self.conv(feature))
+
+
+class Regressor(Connector):
+    """A connector to a smaller map: strided convolution without bias or padding, then batch norm; C channels stay C.
+
+    In each extent the stride is H_in // H_out and the kernel H_in - (H_out - 1) stride: the windows of average pooling
+    between any two sizes, with learned weights; every position is read. N(0, sqrt(2 / (kh kw C))) initialisation.
+
+    Args:
+        channels: C.
+        size: (H_in, W_in) of the maps that it is given.
+        smaller: (H_out, W_out), neither above that of `size`.
+    """
+
+    def __init__(self, channels: int, size: Size, smaller: Size) -> None:
+        super().__init__(channels, channels)
+        stride = tuple(large // small for large, small in zip(size, smaller, strict=True))
+        kernel = tuple(large - (small - 1) * step for large, small, step in zip(size, smaller, stride, strict=True))
+        self.conv = nn.Conv2d(channels, channels, kernel, stride, bias=False)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+
+
+def smallest(sizes: Sequence[Size]) -> Size:
+    """The smallest height and the smallest width of several maps."""
+    heights, widths = zip(*sizes, strict=True)
+    return min(heights), min(widths)

@@ -2,11 +2,11 @@
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastfuse import config as configuration
 from fastfuse import data
@@ -16,8 +16,13 @@ from fastfuse.errors import InputError, unknown_name
 from fastfuse.methods import METHODS, Method, build_method
 from fastfuse.methods.replicas import Replicas
 from fastfuse.models.extract import Wrapper
+from fastfuse.train import preliminary
 from fastfuse.train.optim import SETTINGS
 from fastfuse.train.schedule import milestones
+from fastfuse.train.weights import model_options, read_weights
+
+# Without a word from the user.
+MODEL = "resnet32"
 
 
 def resolved(config: TrainConfig) -> TrainConfig:
@@ -29,15 +34,25 @@ def resolved(config: TrainConfig) -> TrainConfig:
     configuration.check(config)
     if config.method not in METHODS:
         raise unknown_name("method", config.method, METHODS)
-    defaults = METHODS[config.method].defaults
+    method = METHODS[config.method]
+    defaults = method.defaults
     filled: dict[str, Any] = {"milestones": milestones(config)}
+    named = config.student_models
+    if named is None:
+        filled["model"] = config.model or MODEL
+    elif len(named) == 1:
+        config = dataclasses.replace(config, model=named[0], students=1)
+    if config.students is None:
+        filled["students"] = method.default_students
     for name in configuration.METHOD_FIELDS:
         given = getattr(config, name)
         if given is not None and name not in defaults:
             known = ", ".join("--" + d.replace("_", "-") for d in defaults) or "no option of its own"
             raise InputError(f"{config.method} has no --{name.replace('_', '-')}; it has {known}")
         filled[name] = defaults.get(name) if given is None else given
-    return dataclasses.replace(config, **filled)
+    if config.leader is not None and method.extra_network != "leader":
+        raise InputError(f"{config.method} has no leader: leave --leader {config.leader} out, or choose --method ffsd")
+    return preliminary.resolved(dataclasses.replace(config, **filled), method)
 
 
 def load_data(config: TrainConfig) -> Dataset:
@@ -54,38 +69,68 @@ def load_data(config: TrainConfig) -> Dataset:
     )
 
 
-def make_method(config: TrainConfig, num_classes: int) -> Method:
-    """The method of a resolved configuration with weights drawn from its seed."""
+def make_method(
+    config: TrainConfig,
+    num_classes: int,
+    given: Mapping[str, Any] | None = None,
+    *,
+    image_size: tuple[int, int] | None = None,
+) -> Method:
+    """The method of a resolved configuration with weights drawn from its seed.
+
+    Args:
+        config: resolved.
+        num_classes: K.
+        given: what was trained before it, see `fastfuse.train.preliminary`.
+        image_size: (height, width), of which several networks' maps are brought to one size; None: they have one.
+    """
     torch.manual_seed(config.seed)
-    model_options = {
-        name.removeprefix("wrn_"): value
-        for name in configuration.WRN_FIELDS
-        if (value := getattr(config, name)) is not None
-    }
-    names = METHODS[config.method].defaults
+    method = METHODS[config.method]
+    sized = {"image_size": image_size} if method.takes_image_size else {}
     return build_method(
         config.method,
         model=config.model,
-        students=config.students,
+        students=config.student_models or config.students,
         num_classes=num_classes,
-        model_options=model_options,
-        **{name: getattr(config, name) for name in names},
+        leader=config.leader,
+        teacher_model=config.teacher_model if method.extra_network == "teacher" else None,
+        taps=config.taps,
+        model_options=_own_options(config),
+        **(given or {}),
+        **sized,
+        **{name: getattr(config, name) for name in method.defaults},
     )
 
 
-def with_replicas(method: Method, config: TrainConfig, num_classes: int) -> Method:
+def _own_options(config: TrainConfig) -> dict[str, Any]:
+    """The options of the method's own networks: all there are, unless they are those of a frozen teacher alone."""
+    own = [config.leader, *(config.student_models or [config.model])]
+    frozen = METHODS[config.method].teacher_count > 0 and str(config.teacher_model).startswith("wrn")
+    return {} if frozen and not any(str(name).startswith("wrn") for name in own) else model_options(config)
+
+
+def with_replicas(
+    method: Method,
+    config: TrainConfig,
+    num_classes: int,
+    given: Mapping[str, Any] | None = None,
+    *,
+    image_size: tuple[int, int] | None = None,
+) -> Method:
     """The method itself, or as many of it as the configuration asks for, each drawn from a seed of its own.
 
     Args:
         method: of the configuration's own seed, with its initial weights.
         config: resolved; its --init goes for every replica.
-        num_classes: K.
+        num_classes, image_size: see `make_method`.
+        given: see `make_method`; every replica has the same.
     """
     if config.replicas == 1:
         return method
     methods = [method]
     for seed in range(config.seed + 1, config.seed + config.replicas):
-        methods.append(make_method(dataclasses.replace(config, seed=seed), num_classes))
+        single = dataclasses.replace(config, seed=seed)
+        methods.append(make_method(single, num_classes, given, image_size=image_size))
         initial_weights(methods[-1], config.init)
     return Replicas(methods, [f"seed{config.seed + r}" for r in range(config.replicas)])
 
@@ -96,9 +141,10 @@ def try_out(method: Method, dataset: Dataset, batch_size: int) -> None:
     Raises:
         InputError: names what does not fit.
     """
-    height, width = dataset.train.images.shape[1:3]
+    height, width = dataset.image_size
     # A last batch of one image and maps of one pixel leave batch norm nothing to average.
-    smallest = min(len(dataset.train) % batch_size or batch_size, 2)
+    shown = len(dataset.train) // method.image_parts * method.image_parts
+    smallest = method.image_parts * min((shown % batch_size or batch_size) // method.image_parts, 2)
     trial = copy.deepcopy(method).train()
     with torch.no_grad():
         try:
@@ -134,28 +180,6 @@ def initial_weights(method: Method, entries: tuple[str, ...]) -> None:
             except RuntimeError as error:
                 reason = " ".join(str(error).split())[:300]
                 raise InputError(f"--init: {file} does not fit network {name}: {reason}") from error
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Weights by key from a .safetensors file or a torch file of a plain state dict; nothing else is unpickled.
-
-    Raises:
-        InputError: the file is missing or is neither.
-    """
-    if not path.is_file():
-        raise InputError(f"weight file {path} does not exist")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each reader has its own exceptions for a damaged file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path} cannot be read as weights (.safetensors, or a torch state dict): {reason}") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError(f"{path} holds no plain state dict (names to tensors); save network.state_dict()")
-    return state
 
 
 def optimizer_settings(config: TrainConfig) -> dict[str, Any]:

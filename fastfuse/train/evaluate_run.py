@@ -6,9 +6,10 @@ from typing import Any
 
 from fastfuse.config import adapted
 from fastfuse.errors import CheckpointError, InputError
-from fastfuse.train import build, checkpoint
+from fastfuse.train import build, checkpoint, preliminary
 from fastfuse.train.loop import Trainer
 from fastfuse.train.record import RunFolder
+from fastfuse.train.teachers import deployed_model
 
 
 def evaluate_run(
@@ -38,9 +39,11 @@ def evaluate_run(
     if not run.checkpoint.exists():
         raise InputError(f"{path} has no checkpoint yet; go on training with: fastfuse train --resume --out {path}")
     dataset = build.load_data(config)
-    method = build.make_method(config, dataset.num_classes)
+    config = dataclasses.replace(config, out=path)  # it may have been moved
+    given = preliminary.prepared(config, dataset.num_classes, None)
+    method = build.make_method(config, dataset.num_classes, given, image_size=dataset.image_size)
     on = build.pick_device(device)
-    trainer = Trainer(config, run, dataset, method.to(on), on)
+    trainer = Trainer(config, run, dataset, method.to(on), on, preliminary.fingerprint(given))
     try:
         trainer.restore(checkpoint.load(run.checkpoint))
     except (RuntimeError, KeyError, ValueError) as error:
@@ -48,8 +51,8 @@ def evaluate_run(
         raise CheckpointError(f"{run.checkpoint} does not fit the run's config.json: {reason}") from error
     accuracy = trainer.evaluate(trainer.dataset.test)
     best = run.path / f"{method.deployed}_best.safetensors"
-    if best.exists():
-        plain = dataclasses.replace(adapted(config, method="independent"), students=1)
+    if best.exists() and method.deployed in accuracy:
+        plain = dataclasses.replace(adapted(config, method="independent", model=deployed_model(config)), students=1)
         network = build.make_method(plain, dataset.num_classes).to(trainer.device)
         build.initial_weights(network, (f"student0={best}",))
         evaluate = trainer.evaluator(trainer.dataset.test, network)

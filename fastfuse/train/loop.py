@@ -13,7 +13,7 @@ from fastfuse import config as configuration
 from fastfuse import data, info
 from fastfuse.config import TrainConfig
 from fastfuse.data import Dataset, Split
-from fastfuse.errors import FastfuseError, NonFiniteLossError
+from fastfuse.errors import CheckpointError, InterruptedRun, NonFiniteLossError
 from fastfuse.methods import Method
 from fastfuse.methods.replicas import Replicas
 from fastfuse.train import build, checkpoint, modes
@@ -34,10 +34,6 @@ if TYPE_CHECKING:
 EVALUATION_BATCH = 500
 
 
-class InterruptedRun(FastfuseError):
-    """Ctrl-C: the step was finished and a checkpoint written."""
-
-
 class Trainer:
     """One run in progress.
 
@@ -47,13 +43,21 @@ class Trainer:
         dataset: on the CPU.
         method: on the device, with initial weights, its networks arranged.
         device: where to train.
+        given: fingerprint of what the method was given besides, such as teachers.
     """
 
     def __init__(
-        self, config: TrainConfig, run: RunFolder, dataset: Dataset, method: Method, device: torch.device
+        self,
+        config: TrainConfig,
+        run: RunFolder,
+        dataset: Dataset,
+        method: Method,
+        device: torch.device,
+        given: str | None = None,
     ) -> None:
         self.config = config
         self.run = run
+        self.given = given
         self.fingerprint = dataset.fingerprint()
         self.dataset = dataset.to(device)
         self.method = method.train()
@@ -71,6 +75,7 @@ class Trainer:
             self.dataset,
             batch_size=config.batch_size,
             replicas=config.replicas,
+            parts=self.method.image_parts,
             memory_format=self.step.memory_format,
         )
         self.steps_per_epoch = batches.steps
@@ -95,7 +100,7 @@ class Trainer:
 
         config, position = self.config, self.position
         self.run.write_metrics(position.history)
-        title = f"{config.method} {config.model} on {config.data}"
+        title = f"{config.method} {config.networks} on {config.data}"
         display = Display(title, config.epochs, self.steps_per_epoch, quiet=config.quiet)
         with self._catching_interrupts(), display:
             while position.epoch < config.epochs and not self._must_stop():
@@ -137,7 +142,16 @@ class Trainer:
         return Evaluator(method, batches, self.step.autocast, graphed=graphed)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up a checkpoint."""
+        """Take up a checkpoint.
+
+        Raises:
+            CheckpointError: the teachers are others now.
+        """
+        if state.get("given") != self.given:
+            raise CheckpointError(
+                f"{self.run.checkpoint} was trained with {state.get('given')}, and is given {self.given} now; name the "
+                "same --teachers, or choose another --out"
+            )
         self.method.load_state_dict(state["method"])
         self.optimizers.load_state_dict(state["optimizers"])
         if self.step.scaler is not None:
@@ -185,6 +199,8 @@ class Trainer:
         }
         if dataset.validation is not None:
             line["validation"] = self.evaluate(dataset.validation)
+        results = self._evaluated().results()
+        line |= results
         line["images_per_second"] = self.terms.images * self.config.replicas / max(position.epoch_seconds, 1e-9)
         line["seconds"] = position.seconds + time.monotonic() - self._started
         position.history.append(line)
@@ -194,9 +210,11 @@ class Trainer:
         deployed = self._evaluated().deployed_states()
         for name in deployed.keys() & improved:
             self.run.write_weights(f"{name}_best", deployed[name])
+        for name, result in results.items():
+            self.run.write_result(name, result)
         self.run.write_metrics(position.history)
         self._save()
-        display.epoch(line, {name: position.best[name]["top1"] for name in deployed})
+        display.epoch(line, {name: position.best[name]["top1"] for name in deployed if name in position.best})
 
     def _note_best(self, line: dict[str, Any]) -> set[str]:
         chosen_on = line.get("validation", line["accuracy"])
@@ -230,6 +248,7 @@ class Trainer:
             "generators": checkpoint.generator_states(),
             "config": configuration.to_plain(self.config),
             "data": self.fingerprint,
+            "given": self.given,
             "versions": {**info.versions(), "commit": info.commit()},
         }
 

@@ -74,6 +74,10 @@ class RunFolder:
         """Keep the results."""
         self._write_json("summary.json", summary)
 
+    def write_result(self, name: str, result: Any) -> None:
+        """Keep what a method found besides weights as NAME.json."""
+        self._write_json(f"{name}.json", result)
+
     def write_weights(self, name: str, state: dict[str, Tensor]) -> None:
         """Write one network's weights as NAME.safetensors, those of a replica, SEED/NAME, in its folder."""
         from safetensors.torch import save
@@ -82,5 +86,5 @@ class RunFolder:
         data = save({key: value.detach().cpu().contiguous() for key, value in state.items()})
         write_atomic(self.path / f"{name}.safetensors", lambda file: file.write(data))
 
-    def _write_json(self, name: str, value: dict[str, Any]) -> None:
+    def _write_json(self, name: str, value: Any) -> None:
         write_atomic(self.path / name, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))

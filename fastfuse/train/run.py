@@ -1,6 +1,7 @@
 """From a configuration to a finished run."""
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -10,8 +11,10 @@ from typing import Any
 import torch
 
 from fastfuse.config import TrainConfig
+from fastfuse.data import Dataset
 from fastfuse.errors import FastfuseError
-from fastfuse.train import build, checkpoint, modes
+from fastfuse.methods import Method
+from fastfuse.train import build, checkpoint, modes, preliminary
 from fastfuse.train.loop import Trainer
 from fastfuse.train.record import RunFolder
 
@@ -32,20 +35,19 @@ def train(config: TrainConfig) -> dict[str, Any]:
     config = build.resolved(config)
     if config.out is None:
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        config = dataclasses.replace(config, out=Path("runs") / f"{stamp}_{config.method}_{config.model}_{config.data}")
+        networks = config.networks.replace(":", "-").replace("/", "-")
+        config = dataclasses.replace(config, out=Path("runs") / f"{stamp}_{config.method}_{networks}_{config.data}")
     run = RunFolder(config.out)
     device = build.pick_device(config.device)
     modes.pick_mode(config.mode, device)  # refuses what the device cannot do
     config = dataclasses.replace(config, amp=modes.pick_amp(config.amp, device))
     dataset = build.load_data(config)
-    method = build.make_method(config, dataset.num_classes)
     resuming = config.resume and run.checkpoint.exists()
     state = checkpoint.load_matching(run.checkpoint, config, dataset.fingerprint()) if resuming else None
-    if state is None:
-        build.initial_weights(method, config.init)
-        build.try_out(method, dataset, config.batch_size)
-    method = build.with_replicas(method, config, dataset.num_classes)
-    method.to(device).arrange(config.strategy)
+    # First without what must be trained before, so that bad input is found before hours of it.
+    standing, given = preliminary.stand_in(config, dataset.num_classes)
+    method = _assembled(standing, dataset, given, fresh=state is None).to(device)
+    method.arrange(config.strategy)
     created = run.claim(resume=config.resume)
     try:
         run.write_config(config)
@@ -53,11 +55,32 @@ def train(config: TrainConfig) -> dict[str, Any]:
         if created:
             run.path.rmdir()
         raise
+    began = time.monotonic()
+    if given:
+        try:
+            given = preliminary.prepared(config, dataset.num_classes, train)
+        except preliminary.OutOfTime:
+            return {"run": str(run.path), "networks": {}, "completed": False}
+        method = _assembled(config, dataset, given, fresh=state is None).to(device)
+        method.arrange(config.strategy)
+    if config.max_time is not None:
+        left = config.max_time - (time.monotonic() - began) / 60
+        config = dataclasses.replace(config, max_time=max(left, 0.0))
     with modes.float32_products(tf32=config.tf32), _out_of_memory_explained(config):
-        trainer = Trainer(config, run, dataset, method, device)
+        trainer = Trainer(config, run, dataset, method, device, preliminary.fingerprint(given))
         if state is not None:
             trainer.restore(state)
         return trainer.run_all()
+
+
+def _assembled(config: TrainConfig, dataset: Dataset, given: dict[str, Any], *, fresh: bool) -> Method:
+    """The method with its initial weights, tried out; of a run that is resumed without either."""
+    shapes = {"num_classes": dataset.num_classes, "given": given, "image_size": dataset.image_size}
+    method = build.make_method(config, **shapes)
+    if fresh:
+        build.initial_weights(method, config.init)
+        build.try_out(method, dataset, config.batch_size)
+    return build.with_replicas(method, config, **shapes)
 
 
 @contextmanager

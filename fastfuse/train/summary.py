@@ -59,7 +59,7 @@ def summarise(trainer: "Trainer") -> dict[str, Any]:
     replicas = trainer.config.replicas
     return {
         "method": trainer.config.method,
-        "model": trainer.config.model,
+        "model": trainer.config.networks,
         "data": trainer.config.data,
         "deployed": trainer.method.deployed,
         "networks": networks,

@@ -4,7 +4,7 @@ Plain formulas, nothing of the package: what the drop-in loss and the methods ar
 `FusionLoss.state_dict()` to tensors; batch norms in training mode replace their running statistics in it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -133,6 +133,8 @@ def ffsd(
     leader_logits: Tensor | None = None,
     factor: float = 1.0,
     trained_on: Mapping[int, int] | None = None,
+    together: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list,
+    like: Callable[[Tensor, Tensor], Tensor] = lambda target, other: target,
 ) -> Terms:
     """Each network's own terms; everything of other networks is constant in them.
 
@@ -140,6 +142,8 @@ def ffsd(
         hyper: temperature, the three lambdas and diversity_mode.
         factor: the warm-up's, on all three lambdas.
         trained_on: which student's maps the transform of student i learns from; i itself, as published, if None.
+        together: what brings the students' last maps to the size at which they are fused.
+        like: gives the map of one student the size of another's.
     """
     count, last = len(features), [maps[-1].detach() for maps in features]
     temperature, mode = hyper["temperature"], hyper["diversity_mode"]
@@ -148,17 +152,19 @@ def ffsd(
     )
     staged = len(features[0]) > 1
     constant = [row.detach() for row in logits]
-    fused = fuse(last, state, "fusion")
+    joined = together(last)
+    fused = fuse(joined, state, "fusion")
     fused_logits = classify(fused, state)
     found: Terms = {}
     for i in range(count):
+        reference = like(last[i - 1], last[i])
         own = found[f"student{i}"] = {"ce": cross_entropy(logits[i], labels)}
         peers = [kl(logits[i], constant[j], temperature) for j in range(count) if j != i]
         own["dml"] = sum(peers) / (count - 1)
         if i:
-            own["diversity"] = lam_div * diversity(features[i][-1], last[i - 1], mode)
+            own["diversity"] = lam_div * diversity(features[i][-1], reference, mode)
         if i and staged:
-            made = transform(diversity_target(last[i - 1], mode), state, f"student{i}", features[i], training=False)
+            made = transform(diversity_target(reference, mode), state, f"student{i}", features[i], training=False)
             pairs = zip(features[i][:-1], made, strict=True)
             own["self_distillation"] = lam_div * sum(distance(attention(x), attention(y.detach())) for x, y in pairs)
     found["fusion"] = {
@@ -172,7 +178,7 @@ def ffsd(
             "ce": cross_entropy(leader_logits, labels),
             "kl": kl(leader_logits, fused_logits.detach(), temperature),
             "fusion": lam_fus * distance(attention(leader_features[-1]), target),
-            "trans_fusion": lam_fus * distance(attention(widened), attention(torch.cat(last, 1))),
+            "trans_fusion": lam_fus * distance(attention(widened), attention(torch.cat(joined, 1).detach())),
         }
         if staged:
             made = transform(fused.detach(), state, "leader", leader_features, training=False)

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastfuse.methods import METHODS, Method, build_method
+from fastfuse.methods import METHODS, Method
 from fastfuse.train.optim import build_optimizers
 from fastfuse.train.step import TrainStep
+from tests.methods import making
 
 CLASSES, BATCH = 6, 4
 
 
 def make(name: str, students: int = 2) -> Method:
-    return build_method(name, model="resnet8", students=students, num_classes=CLASSES).train()
+    return making.make(name, students, num_classes=CLASSES)
 
 
 def batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -43,6 +44,9 @@ def test_steps_lower_the_loss(name: str) -> None:
     images, labels = batch()
     step = TrainStep(method, build_optimizers(method, lr=0.02))
     losses = [step(images, labels, torch.tensor(10.0)) for _ in range(12)]
+    if METHODS[name].teacher_count:  # untrained teachers, which say something else than the labels
+        assert losses[-1].loss < (1.0 if name in making.WITHOUT_STUDENTS else 0.8) * losses[0].loss
+        return
     first, last = ({n: t for n, t in losses[i].terms.items() if n.endswith("_ce")} for i in (0, -1))
     assert sum(last.values()) < 0.5 * sum(first.values())
 
@@ -84,9 +88,12 @@ def test_the_detector_sees_waits() -> None:
         assert WAITS & set(seen.counts)
 
 
-# Operators of one step at two students of resnet8: forward, backward and update of the eager reference were 1591, 391,
-# 291 and 361 with PyTorch 2.15. Well above that, a term is computed twice or an update is taken apart.
-OPERATORS = {"ffsd": 1850, "ffl": 460, "independent": 340, "dml": 420}
+# Operators of one step of resnet8, with two students where there can be as many: forward, backward and update of the
+# eager reference with PyTorch 2.15 are about a seventh below these. Well above, a term is computed twice or an update
+# is taken apart.
+OPERATORS = {"ffsd": 1850, "ffl": 480, "ffcl": 1350, "one": 440, "independent": 370, "dml": 440, "kd": 290, "at": 430}
+OPERATORS |= {"ft": 340, "feed-parallel": 720, "feed-sequential": 330, "paraphraser": 120, "dfa": 340}
+OPERATORS |= {"dfa-search": 2150}
 
 
 def test_a_step_waits_for_nothing(name: str) -> None:

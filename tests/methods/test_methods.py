@@ -16,15 +16,17 @@ from fastfuse.train.optim import build_optimizers
 from fastfuse.train.step import TrainStep
 from tests.losses import published
 from tests.losses.batches import differing
+from tests.methods import making
 
 CLASSES, BATCH = 6, 4
-MINIMUM = {"ffsd": 2, "ffl": 2, "independent": 1, "dml": 2}
-DEPLOYED = {"ffsd": "leader", "ffl": "student0", "independent": "student0", "dml": "student0"}
-EXTRA_HEADS = {"ffsd": {"fusion", "leader"}, "ffl": {"fusion"}, "independent": set(), "dml": set()}
+MINIMUM = {"ffsd": 2, "ffl": 2, "one": 2, "dml": 2}  # of all others one
+DEPLOYED = {"ffsd": "leader", "paraphraser": "paraphraser", "dfa-search": "aggregation"}  # of all others student0
+EXTRA_HEADS = {"ffsd": {"fusion", "leader"}, "ffl": {"fusion"}, "ffcl": {"fusion", "teacher"}, "one": {"gated"}}
+EXTRA_HEADS |= {"paraphraser": {"teacher"}}
 
 
 def make(name: str, students: int = 2, **options: float) -> Method:
-    return build_method(name, model="resnet8", students=students, num_classes=CLASSES, **options).train()
+    return making.make(name, students, num_classes=CLASSES, **options)
 
 
 def batch(dtype: torch.dtype = torch.float32, size: int = 8) -> tuple[Tensor, Tensor]:
@@ -36,26 +38,35 @@ def name(request) -> str:
     return request.param
 
 
-def test_all_methods_are_covered() -> None:
-    assert set(METHODS) == set(MINIMUM)
+@pytest.fixture(params=making.WITH_STUDENTS)
+def student_name(request) -> str:
+    return request.param
+
+
+def test_all_methods_are_known_by_their_names() -> None:
+    assert {*MINIMUM, *DEPLOYED, *EXTRA_HEADS} <= set(METHODS)
     assert all(cls.name == name for name, cls in METHODS.items())
 
 
-def test_too_few_students_are_refused(name: str) -> None:
-    make(name, MINIMUM[name])
-    with pytest.raises(InputError, match=f"{name} needs at least {MINIMUM[name]} students, not {MINIMUM[name] - 1}"):
-        make(name, MINIMUM[name] - 1)
+def test_too_few_and_too_many_students_are_refused(name: str) -> None:
+    least, most = MINIMUM.get(name, 1), METHODS[name].maximum_students
+    make(name, least)
+    with pytest.raises(InputError, match=f"{name} needs at least {least} students, not {least - 1}"):
+        make(name, least - 1)
+    if most is not None:
+        with pytest.raises(InputError, match=f"{name} trains at most {most} student, not {most + 1}"):
+            build_method(name, model="resnet8", students=most + 1, num_classes=CLASSES)
 
 
 @pytest.mark.parametrize(("method", "students"), [(DML, 1), (Independent, 0)])
 def test_too_few_students_are_refused_without_the_builder_too(method: type[Method], students: int) -> None:
     with pytest.raises(InputError, match="needs at least"):
-        method(lambda: models.build("resnet8", CLASSES), students, CLASSES)
+        method([lambda: models.build("resnet8", CLASSES)] * students, CLASSES)
 
 
 def test_unknown_method_lists_the_near_ones() -> None:
     with pytest.raises(InputError, match="unknown method 'ffsdd': did you mean ffsd"):
-        make("ffsdd")
+        build_method("ffsdd", model="resnet8", students=2, num_classes=CLASSES)
 
 
 def test_unknown_hyperparameter_lists_the_known_ones(name: str) -> None:
@@ -80,35 +91,42 @@ def test_unusable_hyperparameters_are_refused_before_training(method: str, wrong
         make(method, **wrong)
 
 
-@pytest.mark.parametrize("model", ["wrn10_1", "resnet9", "resnet8x"])
-def test_ffl_needs_a_model_with_a_shared_trunk(model: str) -> None:
+@pytest.mark.parametrize("method", ["ffl", "one"])
+@pytest.mark.parametrize("model", ["resnet9", "resnet8x"])
+def test_branches_of_an_unknown_model_are_refused(method: str, model: str) -> None:
     with pytest.raises(InputError, match=model):
-        build_method("ffl", model=model, students=2, num_classes=CLASSES)
+        build_method(method, model=model, students=2, num_classes=CLASSES)
 
 
 def test_defaults_are_what_a_method_runs_with() -> None:
+    # What is no hyper-parameter of the loss decides which networks there are.
+    networks = {"sharing": "shared", "branch_stage": None}
     for name in ("ffsd", "ffl"):
-        assert make(name).criterion.hyperparameters == METHODS[name].defaults
-        changed = make(name, temperature=5.0).criterion.hyperparameters
-        assert changed == METHODS[name].defaults | {"temperature": 5.0}
+        defaults = METHODS[name].defaults
+        assert {key: defaults[key] for key in networks if key in defaults} == (networks if name == "ffl" else {})
+        own = {key: value for key, value in defaults.items() if key not in networks}
+        assert make(name).criterion.hyperparameters == own
+        assert make(name, temperature=5.0).criterion.hyperparameters == own | {"temperature": 5.0}
+    assert make("ffl").network.stage == 2
     assert make("dml").temperature == METHODS["dml"].defaults["temperature"] == 2.0
 
 
 @pytest.mark.parametrize("students", [2, 3, 4])
-def test_heads_of_training_and_prediction(name: str, students: int) -> None:
+def test_heads_of_training_and_prediction(student_name: str, students: int) -> None:
+    name = student_name
     method = make(name, students)
     images, labels = batch()
-    common = [f"student{i}" for i in range(students)]
+    common = [f"student{i}" for i in range(making.students_of(name, students))]
     assert method.students() == common
     output = method(images, labels, torch.tensor(0.0))
-    assert set(output.logits) == {*common, *EXTRA_HEADS[name]}
+    assert set(output.logits) == {*common, *EXTRA_HEADS.get(name, ())}
     assert all(row.shape == (BATCH, CLASSES) and not row.requires_grad for row in output.logits.values())
     assert output.loss.item() == pytest.approx(sum(t.item() for t in output.terms.values()), rel=1e-5)
     assert not any(term.requires_grad for term in output.terms.values())
     method.eval()
     with torch.no_grad():
         predicted = method.predict(images)
-    assert set(predicted) == {*common, *EXTRA_HEADS[name]}
+    assert set(predicted) == {*common, *EXTRA_HEADS.get(name, ())}
     assert method.deployed in predicted
     rows = list(predicted.values())
     assert not any(torch.equal(rows[0], row) for row in rows[1:]), "heads are networks of their own"
@@ -134,13 +152,12 @@ def test_prediction_in_training_heads(name: str) -> None:
 
 
 @pytest.mark.parametrize("model", ["resnet8", "wrn10_1"])
-def test_the_deployed_network_is_an_ordinary_one(name: str, model: str) -> None:
-    if (name, model) == ("ffl", "wrn10_1"):
-        model = "resnet14"
-    method = build_method(name, model=model, students=3, num_classes=CLASSES).double().train()
+def test_the_deployed_network_is_an_ordinary_one(student_name: str, model: str) -> None:
+    name = student_name
+    method = making.make(name, 3, model=model, num_classes=CLASSES).double()
     images, labels = batch(torch.float64)
     TrainStep(method, build_optimizers(method))(images, labels, torch.tensor(0.0))
-    assert method.deployed == DEPLOYED[name]
+    assert method.deployed == DEPLOYED.get(name, "student0")
     plain = models.build(model, CLASSES).double()
     plain.load_state_dict(method.deployed_state(), strict=True)
     method.eval()
@@ -151,9 +168,9 @@ def test_the_deployed_network_is_an_ordinary_one(name: str, model: str) -> None:
         )
 
 
-def test_networks_are_the_methods_own(name: str) -> None:
+def test_networks_are_the_methods_own(student_name: str) -> None:
     """What is loaded into one of them is loaded into the method."""
-    method = make(name).eval()
+    method = make(student_name).eval()
     images, _ = batch()
     before = method.predict(images)[method.deployed]
     for network in method.networks().values():
@@ -174,8 +191,12 @@ def test_each_parameter_is_in_exactly_one_group(name: str, given: dict) -> None:
     assert set(grouped) == {id(p) for p in method.parameters()}
     for key, parameter in method.named_parameters():
         group = next(g for g in (*sgd, *adam) if any(parameter is p for p in g["params"]))
-        if ".transforms." in key:
+        if key == "betas":
+            assert (group["lr"], group["weight_decay"], "momentum" in group) == (3e-4, 1e-3, False), key
+        elif ".transforms." in key:
             assert (group["lr"], group["weight_decay"], "momentum" in group) == (1e-3, 1e-4, False), key
+        elif key == "betas":
+            assert (group["lr"], group["weight_decay"], group["betas"]) == (3e-4, 1e-3, (0.5, 0.999))
         else:
             decay = 1e-5 if ".fusion." in key else given.get("weight_decay", 1e-4)
             assert (group["lr"], group["weight_decay"]) == (given.get("lr", 0.1), decay), key

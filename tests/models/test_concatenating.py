@@ -55,9 +55,3 @@ def test_auto_falls_back_to_loop_where_a_measured_row_says_grouped(model, monkey
     assert method.arrange("auto") == "loop"
     monkeypatch.setattr("fastfuse.nn.networks.resolve_strategy", lambda strategy, members: "grouped")
     assert method.arrange("auto") == "loop"
-
-
-@pytest.mark.parametrize("model", ["densenet40_12", "googlenet"])
-def test_there_is_no_branch_sharing_form(model):
-    with pytest.raises(InputError, match=f"{model} has no branch-sharing form"):
-        build_method("ffl", model=model, students=2, num_classes=CLASSES)

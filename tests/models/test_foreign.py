@@ -130,8 +130,8 @@ def test_images_that_do_not_suit_a_network_are_refused_before_training():
         try_out(method, dataset, 4)
 
 
-def test_there_is_no_branch_sharing_form():
-    with pytest.raises(InputError, match="has no branch-sharing form"):
+def test_there_are_no_stages_to_share():
+    with pytest.raises(InputError, match=f"^{HERE}:small has no stages .*--sharing separate"):
         branched(f"{HERE}:small", CLASSES, branches=2)
 
 

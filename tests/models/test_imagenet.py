@@ -10,7 +10,7 @@ from torch import nn
 
 from fastfuse.errors import InputError
 from fastfuse.methods import build_method
-from fastfuse.models import IMAGENET, branched, build
+from fastfuse.models import build
 from fastfuse.train.optim import build_optimizers
 from fastfuse.train.step import TrainStep
 from tests.nn.stacking import untidy
@@ -127,14 +127,6 @@ def test_diversity_of_a_last_map_of_one_position_is_refused():
     method = build_method("ffsd", model="resnet18", students=2, num_classes=CLASSES).train()
     with pytest.raises(InputError, match=r"512, 1, 1.* at least 3 positions; use larger images"):
         method(torch.randn(4, 3, 32, 32), torch.arange(4), torch.tensor(2.0))
-
-
-@pytest.mark.parametrize("name", IMAGENET)
-def test_there_is_no_branch_sharing_form(name):
-    with pytest.raises(InputError, match=f"{name} has no branch-sharing form; choose resnet20"):
-        branched(name, CLASSES, branches=2)
-    with pytest.raises(InputError, match=f"{name} has no branch-sharing form"):
-        build_method("ffl", model=name, students=2, num_classes=CLASSES)
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from fastfuse.errors import InputError
-from fastfuse.models import IMAGENET, NAMES, build
-from fastfuse.models.cifar_resnet import BranchedCifarResNet
+from fastfuse.models import IMAGENET, NAMES, branched, build
+from tests import replay
 
 SMALL = {
     "resnet8": lambda: build("resnet8", 10),
     "wrn10_2": lambda: build("wrn10_2", 10),
-    "branched resnet8": lambda: BranchedCifarResNet(8, 10),
+    "branched resnet8": lambda: branched("resnet8", 10, branches=2),
 }
 # The residual networks for small images; others have test files of their own.
 STAGED = [name for name in NAMES if name.startswith(("resnet", "wrn")) and name not in IMAGENET]
@@ -79,7 +79,7 @@ def test_parameter_count_follows_from_the_architecture(name, classes):
 
 def test_branches_add_one_last_stage_and_one_classifier_each():
     with torch.device("meta"):
-        one, three = (sum(p.numel() for p in BranchedCifarResNet(20, 100, n).parameters()) for n in (1, 3))
+        one, three = (sum(p.numel() for p in branched("resnet20", 100, branches=n).parameters()) for n in (1, 3))
     last_stage = conv(32, 64, 3) + 5 * conv(64, 64, 3) + 6 * 2 * 64 + conv(32, 64, 1) + 2 * 64
     assert one == resnet_parameters(20, 100)
     assert three == one + 2 * (last_stage + 65 * 100)
@@ -121,33 +121,11 @@ def test_ffsd_recording_loads_and_gives_its_first_cross_entropy(golden, name):
 
 def test_ffl_recording_loads_and_gives_its_first_cross_entropies(golden):
     state, terms, images, labels = recorded(golden, "ffl_resnet20", "network")
-    network = BranchedCifarResNet(20, state["classifiers.0.bias"].numel())
-    network.load_state_dict(state, strict=True)
+    network = branched("resnet20", state["classifiers.0.bias"].numel(), branches=2)
+    replay.as_recorded(network).load_state_dict(state, strict=True)
     first, second = network.double()(images)
     assert_cross_entropy(first.logits, labels, terms["ce_sub1"])
     assert_cross_entropy(second.logits, labels, terms["ce_sub2"])
-
-
-@pytest.mark.parametrize("branch", [0, 1])
-def test_a_branch_is_a_plain_network(branch):
-    branched, plain = BranchedCifarResNet(8, 10).double(), build("resnet8", 10).double()
-    images = torch.randn(4, 3, 16, 16, dtype=torch.float64)
-    branched(images)  # running statistics that differ from the initial ones
-    plain.load_state_dict(branched.plain_state_dict(branch), strict=True)
-    for expected, actual in zip(flat([branched.eval()(images)[branch]]), flat([plain.eval()(images)]), strict=True):
-        assert torch.equal(actual, expected)
-
-
-@pytest.mark.parametrize("branch", [2, -1])
-def test_a_branch_that_is_not_there_is_named(branch):
-    with pytest.raises(InputError, match=str(branch)):
-        BranchedCifarResNet(8, 10).plain_state_dict(branch)
-
-
-def test_branches_share_the_first_two_maps_and_differ_in_the_last():
-    first, second = BranchedCifarResNet(8, 10)(torch.randn(2, 3, 16, 16))
-    assert first.features[0] is second.features[0] and first.features[1] is second.features[1]
-    assert not torch.equal(first.features[2], second.features[2])
 
 
 def test_convolutions_start_normal_with_fan_out_variance(network):

@@ -10,16 +10,16 @@ from torch import Tensor
 from fastfuse import functional, models
 from fastfuse.errors import InputError
 from fastfuse.kernels import _dispatch
-from fastfuse.methods import METHODS, Method, build_method
+from fastfuse.methods import METHODS, Method
+from tests.methods import making
 from tests.nn.stacking import same, untidy
 
 CLASSES, BATCH = 6, 3
-STACKED = ("ffsd", "independent", "dml")
+STACKED = making.SIDE_BY_SIDE
 
 
 def make(name: str, students: int = 2, model: str = "resnet8") -> Method:
-    method = build_method(name, model=model, students=students, num_classes=CLASSES).train()
-    return untidy(method)
+    return untidy(making.make(name, students, model=model, num_classes=CLASSES))
 
 
 def batch(size: int = 13) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,6 +56,9 @@ def update(method: Method) -> None:
         pytest.param("ffsd", 2, "resnet18", 37, id="ffsd: four stages, max pooling", marks=pytest.mark.long),
         pytest.param("independent", 1, "resnet8", 13, id="a single network"),
         pytest.param("dml", 3, "resnet8", 13, id="dml"),
+        pytest.param("ffcl", 2, "resnet8", 13, id="ffcl: gradients through the fused map"),
+        pytest.param("feed-parallel", 1, "resnet8", 13, id="feed-parallel: teachers beside the student"),
+        pytest.param("dfa", 1, "wrn10_1", 13, id="dfa: maps inside the network"),
     ],
 )
 def test_a_step_equals_the_loop(name, students, model, size):

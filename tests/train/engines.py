@@ -8,13 +8,13 @@ from torch import Tensor
 
 from fastfuse import data
 from fastfuse.data.dataset import Dataset, Split
-from fastfuse.methods import build_method
 from fastfuse.testing import assert_within_budget
 from fastfuse.train.average import MovingAverage
 from fastfuse.train.engine import Engine
 from fastfuse.train.optim import build_optimizers
 from fastfuse.train.step import TrainStep
 from fastfuse.train.terms import TermLog
+from tests.methods import making
 
 COUNT, BATCH = 11, 4  # the last batch of three is smaller
 
@@ -39,10 +39,12 @@ def make(
 ) -> Engine:
     """An engine at the start of a run, of the same weights and images each time."""
     torch.manual_seed(0)
-    method = build_method(name, model="resnet8", students=2, num_classes=5).to(device).train()
+    method = making.make(name, num_classes=5).to(device).train()
     method.arrange(strategy)
     step = TrainStep(method, build_optimizers(method, lr=0.02), amp=amp, compiled=compiled)
-    batches = data.TrainingBatches(dataset().to(device), batch_size=BATCH, memory_format=step.memory_format)
+    batches = data.TrainingBatches(
+        dataset().to(device), batch_size=BATCH, parts=method.image_parts, memory_format=step.memory_format
+    )
     average = MovingAverage(method, ema) if ema else None
     return Engine(step, batches, TermLog(50, device), average=average, graphed=graphed)
 
@@ -102,9 +104,8 @@ def make_exact(engine: Engine) -> Engine:
     """The same in float64."""
     method = copy.deepcopy(engine.step.method).double()
     step = TrainStep(method, build_optimizers(method, lr=0.02))
-    batches = data.TrainingBatches(
-        engine.batches.dataset, batch_size=BATCH, dtype=torch.float64, memory_format=step.memory_format
-    )
+    form = {"dtype": torch.float64, "memory_format": step.memory_format}
+    batches = data.TrainingBatches(engine.batches.dataset, batch_size=BATCH, parts=engine.batches.parts, **form)
     exact = Engine(step, batches, TermLog(50, engine.progress.device))
     exact.progress = exact.progress.double()
     return exact

@@ -1,5 +1,6 @@
 """What only a GPU can show of the trainer."""
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -7,18 +8,18 @@ import torch
 
 from fastfuse import data
 from fastfuse.config import TrainConfig
-from fastfuse.methods import METHODS, build_method
+from fastfuse.methods import METHODS
 from fastfuse.nn import STRATEGIES
 from fastfuse.train.evaluate import Evaluator
 from fastfuse.train.optim import build_optimizers
 from fastfuse.train.run import train
 from fastfuse.train.step import TrainStep
+from tests.methods import making
 from tests.train.engines import BATCH, agree_over_20_steps, make, run_epoch, state_of
 
 pytestmark = pytest.mark.gpu
 
-# ffl's sub-networks share a trunk: no networks side by side.
-ROWS = [(name, strategy) for name in METHODS for strategy in STRATEGIES if name != "ffl" or strategy == "loop"]
+ROWS = [(n, s) for n in METHODS for s in STRATEGIES if s == "loop" or n in making.SIDE_BY_SIDE]
 
 
 @pytest.fixture(autouse=True)
@@ -85,9 +86,8 @@ def test_an_evaluation_replayed_counts_the_same():
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_on_the_gpu_is_the_step_on_the_cpu(name):
     torch.manual_seed(0)
-    on_cpu = build_method(name, model="resnet8", students=2, num_classes=10)
-    on_gpu = build_method(name, model="resnet8", students=2, num_classes=10)
-    on_gpu.load_state_dict(on_cpu.state_dict())
+    on_cpu = making.make(name, num_classes=10)
+    on_gpu = copy.deepcopy(on_cpu)
     images, labels = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
     cpu_step = TrainStep(on_cpu, build_optimizers(on_cpu))
     gpu_step = TrainStep(on_gpu.cuda(), build_optimizers(on_gpu))

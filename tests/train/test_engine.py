@@ -14,6 +14,7 @@ from fastfuse.methods import METHODS, build_method
 from fastfuse.train.evaluate import Evaluator
 from fastfuse.train.optim import build_optimizers
 from fastfuse.train.step import TrainStep
+from tests.methods import making
 from tests.train.engines import BATCH, COUNT, make, run_epoch
 
 WAITS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "_to_copy"}
@@ -85,7 +86,7 @@ def test_the_state_is_all_that_a_step_changes(name: str, form: str) -> None:
 def test_state_made_beforehand_changes_no_update(name: str) -> None:
     """The first step of optimizers that make their state themselves is the recorded program's."""
     torch.manual_seed(0)
-    method = build_method(name, model="resnet8", students=2, num_classes=5).train()
+    method = making.make(name, num_classes=5)
     early, late = (copy.deepcopy(method).to(memory_format=torch.channels_last) for _ in range(2))
     prepared, fresh = build_optimizers(early), build_optimizers(late)
     prepared.create_state()
@@ -180,7 +181,8 @@ def test_warming_up_and_replaying_a_graph_is_training(name: str, form: str, reco
         assert torch.equal(ours, theirs)
     for engine in (graphed, eager):
         engine.terms.flush()
-    assert graphed.terms.sums == eager.terms.sums and graphed.terms.images == 2 * COUNT
+    shown = COUNT - COUNT % graphed.batches.parts
+    assert graphed.terms.sums == eager.terms.sums and graphed.terms.images == 2 * shown
 
 
 @pytest.mark.parametrize("fall_back", [True, False], ids=["auto", "asked for"])

@@ -6,17 +6,22 @@ import torch
 from fastfuse.cli import parse_train
 from fastfuse.config import METHOD_FIELDS, TrainConfig, adapted, from_recipe, recipes
 from fastfuse.errors import InputError
-from fastfuse.methods import METHODS, build_method
+from fastfuse.methods import METHODS
 from fastfuse.train.build import make_method, resolved
+from tests.methods import making
 
 FFSD_ROWS = [
     *("cifar100-resnet20", "cifar100-resnet32", "cifar100-resnet56", "cifar100-wrn16_2", "cifar100-wrn40_2"),
     *("cifar100-densenet40_12", "cifar100-googlenet"),
 ]
+FFL_ROWS = ["cifar100-ffl-resnet32", "cifar10-ffl-resnet32", "cifar100-ffl-separate-resnet32"]
+BRANCH_ROWS = [*FFL_ROWS, "cifar100-one-resnet32"]
+TAUGHT_ROWS = ["cifar100-feed-resnet56"]
+DFA_ROWS = [f"cifar100-dfa-{model}" for model in ("wrn16_4", "wrn28_2", "wrn16_2", "resnet56")]
 
 
 def test_there_is_a_recipe_for_every_row_whose_model_exists():
-    assert set(recipes()) == {*FFSD_ROWS, "cifar100-ffl-resnet32"}
+    assert set(recipes()) == {*FFSD_ROWS, *BRANCH_ROWS, *TAUGHT_ROWS, *DFA_ROWS}
 
 
 @pytest.mark.parametrize("name", FFSD_ROWS)
@@ -48,11 +53,76 @@ def test_ffsd_recipes_hold_the_published_values(name):
     assert {key: getattr(recipe, key) for key in published} == published
 
 
-def test_ffl_recipe_holds_the_published_values():
-    recipe = resolved(from_recipe("cifar100-ffl-resnet32"))
+def test_the_feed_recipe_holds_the_values_of_its_page():
+    recipe = resolved(from_recipe("cifar100-feed-resnet56"))
+    wanted = {
+        "method": "feed-parallel",
+        "model": "resnet56",
+        "students": 1,
+        "teacher_model": "resnet56",
+        "teacher_count": 5,
+        "teacher_epochs": 200,
+        "data": "cifar100",
+        "epochs": 200,
+        "batch_size": 128,
+        "lr": 0.1,
+        "momentum": 0.9,
+        "nesterov": False,
+        "weight_decay": 5e-4,
+        "milestones": (100, 150),
+        "gamma": 0.1,
+        "factor_weight": 500.0,
+        "factor_targets": "raw",
+        "teacher_reduction": "sum",
+        "translator_norm": False,
+    }
+    assert {key: getattr(recipe, key) for key in wanted} == wanted
+
+
+@pytest.mark.parametrize("name", DFA_ROWS)
+def test_dfa_recipes_hold_the_values_of_their_page(name):
+    recipe = resolved(from_recipe(name))
+    wanted = {
+        "method": "dfa",
+        "model": name.removeprefix("cifar100-dfa-"),
+        "students": 1,
+        "teacher_model": "wrn28_4",
+        "teacher_count": 1,
+        "teacher_epochs": 200,
+        "search_epochs": 25,
+        "data": "cifar100",
+        "epochs": 200,
+        "batch_size": 128,
+        "lr": 0.1,
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 5e-4,
+        "milestones": (100, 150),
+        "gamma": 0.1,
+        "dfa_weight": 1.0,
+        "distance": "l2",
+        "aggregation": "searched",
+    }
+    assert {key: getattr(recipe, key) for key in wanted} == wanted
+
+
+@pytest.mark.parametrize("name", FFL_ROWS)
+def test_ffl_recipes_hold_the_published_values(name):
+    recipe = resolved(from_recipe(name))
     values = (recipe.method, recipe.model, recipe.students, recipe.epochs, recipe.temperature, recipe.rampup_epochs)
     assert values == ("ffl", "resnet32", 2, 301, 3.0, 80)
     assert (recipe.kl_target_epsilon, recipe.milestones, recipe.seed) == (1e-7, (150, 225), 1)
+    assert (recipe.weight_decay, recipe.fusion_weight_decay, recipe.nesterov) == (1e-4, 1e-5, True)
+    assert recipe.data == name.partition("-")[0]
+    assert recipe.sharing == ("separate" if "separate" in name else "shared")
+
+
+def test_one_recipe_holds_the_values_of_its_program():
+    recipe = resolved(from_recipe("cifar100-one-resnet32"))
+    values = (recipe.method, recipe.model, recipe.students, recipe.epochs, recipe.temperature, recipe.rampup_epochs)
+    assert values == ("one", "resnet32", 3, 300, 3.0, 80)
+    assert (recipe.kl_target_epsilon, recipe.milestones, recipe.nesterov) == (1e-7, (151, 225), False)
+    assert (recipe.lr, recipe.weight_decay, recipe.batch_size) == (0.1, 1e-4, 128)
 
 
 @pytest.mark.parametrize("name", [n for n in FFSD_ROWS if "wrn" in n])
@@ -115,5 +185,5 @@ def test_resolving_fills_in_each_methods_own_values(name):
     config = resolved(TrainConfig(method=name, model="resnet8"))
     for field in METHOD_FIELDS:
         assert getattr(config, field) == METHODS[name].defaults.get(field)
-    method = build_method(name, model="resnet8", students=2, num_classes=3, **METHODS[name].defaults)
+    method = making.make(name, num_classes=3, **METHODS[name].defaults)
     assert method.name == name

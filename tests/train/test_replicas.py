@@ -16,6 +16,7 @@ from fastfuse.train.optim import build_optimizers
 from fastfuse.train.step import TrainStep
 from fastfuse.train.terms import TermLog
 from tests.losses.batches import differing
+from tests.methods import making
 from tests.train.engines import BATCH, data, dataset, run_epoch, state_of
 
 FIRST, REPLICAS = 5, 3
@@ -24,19 +25,22 @@ FIRST, REPLICAS = 5, 3
 def exact_engine(name: str, seed: int, replicas: int, strategy: str) -> Engine:
     """In float64, from the weights and draws of a seed, or of several."""
     config = resolved(TrainConfig(method=name, model="resnet8", seed=seed, replicas=replicas))
-    method = with_replicas(make_method(config, 5), config, 5).double().train()
+    torch.manual_seed(0)
+    given = making.ingredients(name, num_classes=5)
+    method = with_replicas(make_method(config, 5, given), config, 5, given).double().train()
     method.arrange(strategy)
     step = TrainStep(method, build_optimizers(method, lr=0.02))
     form = {"dtype": torch.float64, "memory_format": step.memory_format}
-    batches = data.TrainingBatches(dataset(), batch_size=BATCH, replicas=replicas, **form)
+    batches = data.TrainingBatches(dataset(), batch_size=BATCH, replicas=replicas, parts=method.image_parts, **form)
     engine = Engine(step, batches, TermLog(50))
     engine.progress = engine.progress.double()
     return engine
 
 
-@pytest.mark.parametrize(
-    ("name", "strategy"), [(m, s) for m in METHODS for s in ("loop", "grouped") if (m, s) != ("ffl", "grouped")]
-)
+WAYS = [(m, s) for m in METHODS for s in ("loop", "grouped") if s == "loop" or m in making.SIDE_BY_SIDE]
+
+
+@pytest.mark.parametrize(("name", "strategy"), WAYS)
 def test_every_replica_is_the_run_of_its_seed(name, strategy):
     together = exact_engine(name, FIRST, REPLICAS, strategy)
     run_epoch(together, seed=FIRST)  # three steps, the last of a smaller batch

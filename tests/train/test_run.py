@@ -9,28 +9,34 @@ from fastfuse.methods import METHODS, build_method
 from fastfuse.train.checkpoint import load
 from fastfuse.train.evaluate import Evaluator
 
-DEPLOYED = {"ffsd": "leader", "ffl": "student0", "independent": "student0", "dml": "student0"}
 HEADS = {
     "ffsd": {"student0", "student1", "fusion", "leader", "ensemble"},
     "ffl": {"student0", "student1", "fusion", "ensemble"},
+    "ffcl": {"student0", "teacher", "fusion"},
+    "one": {"student0", "student1", "student2", "gated", "ensemble"},
     "independent": {"student0", "student1", "ensemble"},
     "dml": {"student0", "student1", "ensemble"},
-}
+    "paraphraser": {"teacher"},
+    "dfa-search": {"group0", "group1", "group2", "ensemble"},
+} | {name: {"student0"} for name in ("kd", "at", "ft", "feed-parallel", "feed-sequential", "dfa")}
+# What a run folder holds besides: runs of what is trained first, and what is found besides weights.
+BESIDES = {"ft": {"teachers", "paraphrasers"}, "feed-sequential": {"teachers", "stages"}, "dfa": {"teachers", "search"}}
+BESIDES |= {"dfa-search": {"teachers", "aggregation.json"}}
+BESIDES |= {name: {"teachers"} for name in ("kd", "at", "feed-parallel", "paraphraser")}
 
 
 def test_all_methods_are_covered():
-    assert DEPLOYED.keys() == HEADS.keys() == METHODS.keys()
+    assert HEADS.keys() == METHODS.keys()
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_folder_holds_what_is_promised(train, method):
     run = train("--method", method)
-    deployed = DEPLOYED[method]
-    names = {"config.json", "metrics.jsonl", "summary.json", "checkpoint.pt"}
-    assert {path.name for path in run.path.iterdir()} == names | {
-        f"{deployed}.safetensors",
-        f"{deployed}_best.safetensors",
-    }
+    deployed = METHODS[method].deployed
+    names = {"config.json", "metrics.jsonl", "summary.json", "checkpoint.pt", f"{deployed}.safetensors"}
+    if deployed in HEADS[method]:
+        names.add(f"{deployed}_best.safetensors")
+    assert {path.name for path in run.path.iterdir()} == names | BESIDES.get(method, set())
     summary = run.summary
     assert (summary["method"], summary["model"], summary["seed"]) == (method, "resnet8", 0)
     assert summary["networks"].keys() == HEADS[method]
@@ -48,24 +54,25 @@ def test_a_run_folder_holds_what_is_promised(train, method):
         assert line["losses"]["loss"] == pytest.approx(
             sum(v for k, v in line["losses"].items() if k != "loss"), rel=1e-5
         )
-        assert line["accuracy"].keys() == HEADS[method] | {"oracle"}
+        assert line["accuracy"].keys() == HEADS[method] | ({"oracle"} if "ensemble" in HEADS[method] else set())
     assert [line["learning_rate"] for line in run.metrics] == pytest.approx([0.02, 0.002])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].deployed in HEADS[name]])
 def test_the_deployed_network_is_the_plain_network(train, tiny_npz, method):
+    deployed = METHODS[method].deployed
     run = train("--method", method)
     dataset = data.load("npz", path=tiny_npz, padding=1)
     for file, expected in (("", "last_top1"), ("_best", "best_top1")):
         plain = models.build("resnet8", 3)
-        plain.load_state_dict(load_file(run.path / f"{DEPLOYED[method]}{file}.safetensors"), strict=True)
+        plain.load_state_dict(load_file(run.path / f"{deployed}{file}.safetensors"), strict=True)
         plain.eval()
         batches = data.EvaluationBatches(dataset.test, mean=dataset.mean, std=dataset.std, batch_size=100)
         images, labels = batches.draw(30)
         assert batches.counts == [30]
         with torch.no_grad():
             right = (plain(images).logits.argmax(1) == labels).float().mean().item()
-        assert 100 * right == pytest.approx(run.summary["networks"][DEPLOYED[method]][expected], abs=1e-4)
+        assert 100 * right == pytest.approx(run.summary["networks"][deployed][expected], abs=1e-4)
 
 
 def test_the_best_epoch_is_chosen_on_validation_images_where_there_are_any(train):

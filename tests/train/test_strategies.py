@@ -6,17 +6,18 @@ from fastfuse.methods import METHODS
 from fastfuse.nn import STRATEGIES
 from fastfuse.train.checkpoint import load
 from tests.losses.batches import differing
+from tests.methods import making
 from tests.train.engines import agree_over_20_steps, make
 
 MODES = ("eager", "compiled", "graphed")
 NO_GPU = "needs a CUDA device: tests/train/test_cuda.py"
-SHARED_TRUNK = "ffl's sub-networks share a trunk, which exists once: they are no networks side by side"
+NO_NETWORKS_SIDE_BY_SIDE = "its networks are parts of one another: it refuses other strategies and says why"
 
 
 def why_not(method: str, mode: str, strategy: str) -> str | None:
     """Why a combination is not trained on a CPU; None where it is."""
-    if method == "ffl" and strategy != "loop":
-        return SHARED_TRUNK
+    if method in making.LOOP_ONLY and strategy != "loop":
+        return NO_NETWORKS_SIDE_BY_SIDE
     return NO_GPU if mode == "graphed" or strategy == "branches" else None
 
 
@@ -24,7 +25,9 @@ TRAINED = [row for row in ((m, o, s) for m in METHODS for o in MODES for s in ST
 
 
 def test_every_combination_has_a_row():
-    assert len(TRAINED) == 3 * 2 * 2 + 2  # ffl has two modes, every other method two modes of two strategies
+    # Two modes of two strategies, or of the loop alone.
+    assert len(TRAINED) == 4 * len(making.SIDE_BY_SIDE) + 2 * len(making.LOOP_ONLY)
+    assert set(making.SIDE_BY_SIDE) | set(making.LOOP_ONLY) == set(METHODS)
 
 
 def check(method: str, mode: str, strategy: str) -> None:

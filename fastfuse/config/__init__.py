@@ -7,26 +7,45 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from fastfuse.config.method_options import METHOD_FIELDS, TEACHER_FIELDS, MethodOptions, TeacherOptions
 from fastfuse.errors import InputError, unknown_name
+
+__all__ = [
+    "METHOD_FIELDS",
+    "RUNTIME_FIELDS",
+    "TEACHER_FIELDS",
+    "WRN_FIELDS",
+    "TrainConfig",
+    "adapted",
+    "check",
+    "from_plain",
+    "from_recipe",
+    "recipes",
+    "to_plain",
+]
 
 # May differ between a run and its resumption: they do not change what is computed.
 RUNTIME_FIELDS = frozenset(
     {"recipe", "data_root", "data_path", "download", "out", "resume", "max_time", "device", "init", "log_interval"}
-    | {"checkpoint_minutes", "baseline", "quiet", "mode", "strategy"}
+    | {"checkpoint_minutes", "baseline", "quiet", "mode", "strategy", "teachers", "aggregation_file"}
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Train networks together and deploy one."""
+class RunOptions:
+    """What every run is told, whatever its method."""
 
     method: str = "ffsd"
-    """ffsd, ffl, independent or dml."""
-    model: str = "resnet32"
-    """resnet20|32|56|110, wrn16_2|28_4|28_10|40_2, densenet40_12, any valid depth and width of these, googlenet, or
-    a network of others: torchvision:NAME, timm:NAME, package.module:factory."""
-    students: int = 2
-    """Common students (ffsd), sub-networks (ffl) or networks (independent, dml)."""
+    """One of those that `fastfuse methods` lists."""
+    model: str | None = None
+    """Default resnet32. resnet20|32|56|110, wrn16_2|28_4|28_10|40_2, densenet40_12, any valid depth and width of these,
+    googlenet, or a network of others: torchvision:NAME, timm:NAME, package.module:factory."""
+    students: int | str | None = None
+    """How many networks learn side by side (default: the method's, mostly 2), or their names: resnet20,wrn16_2."""
+    leader: str | None = None
+    """ffsd: network of the leader (default: --model, or the first of --students)."""
+    taps: tuple[str, ...] = ()
+    """Layers of --model whose maps are the features, shallow to deep, as layer2.3 (default: its stages)."""
     recipe: str | None = None
     """Published hyper-parameters by name; options given beside it win."""
     init: tuple[str, ...] = ()
@@ -78,21 +97,6 @@ class TrainConfig:
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up of the learning rate, step by step."""
 
-    temperature: float | None = None
-    """T of all KL terms (default: 2; ffl 3)."""
-    rampup_epochs: float | None = None
-    """Warm-up of the lambdas (ffsd, default 5) or of the KL terms (ffl, default 80)."""
-    lambda_diversity: float | None = None
-    """ffsd: weight of diversity and of the students' self-distillation (default: 1e-5)."""
-    lambda_fusion: float | None = None
-    """ffsd: weight of the leader's attention terms (default: 10)."""
-    lambda_self_distillation: float | None = None
-    """ffsd: weight of the transforms' training (default: 1000)."""
-    diversity_mode: str | None = None
-    """ffsd: published or normalized scaling of the diversity target (default: published)."""
-    kl_target_epsilon: float | None = None
-    """ffl: added to KL targets (default: 0; its program adds 1e-7)."""
-
     wrn_conv_bias: bool | None = None
     """wrn: convolutions with bias (default: True, as published)."""
     wrn_stride_on: str | None = None
@@ -136,26 +140,49 @@ class TrainConfig:
     """Print nothing but the final table."""
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(TeacherOptions, MethodOptions, RunOptions):
+    """Train networks together and deploy one."""
+
+    @property
+    def student_models(self) -> list[str] | None:
+        """The names in --students, or None where it is a number or unset."""
+        return [name.strip() for name in self.students.split(",")] if isinstance(self.students, str) else None
+
+    @property
+    def networks(self) -> str:
+        """What the students are, for titles."""
+        return self.model or str(self.students)
+
+
 def check(config: TrainConfig) -> None:
     """Refuse values that no run can use.
 
     Raises:
         InputError: names the option, its value and what is expected.
     """
-    for name in ("epochs", "batch_size", "students", "replicas", "log_interval"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{_option(name)} must be at least 1, not {getattr(config, name)}")
+    counts = ("epochs", "batch_size", "replicas", "log_interval", "branch_stage", "teacher_count", "teacher_epochs")
+    counts += ("paraphraser_epochs", "search_epochs", "feed_stages")
+    counts += () if isinstance(config.students, str) else ("students",)
+    for name in counts:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise InputError(f"{_option(name)} must be at least 1, not {value}")
+    _check_networks(config)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{_option(field.name)} must be a finite number, not {value}")
-    positive = ("lr", "transform_lr", "gamma", "temperature", "max_time")
+    positive = ("lr", "transform_lr", "gamma", "temperature", "max_time", "alpha_lr", "factor_ratio")
+    positive += ("regularization_temperature",)
     for name in positive:
         value = getattr(config, name)
         if value is not None and value <= 0:
             raise InputError(f"{_option(name)} must be positive, not {value}")
     not_negative = ("momentum", "weight_decay", "fusion_weight_decay", "transform_weight_decay", "warmup_epochs")
     not_negative += ("rampup_epochs", "lambda_diversity", "lambda_fusion", "lambda_self_distillation")
+    not_negative += ("at_weight", "factor_weight", "dfa_weight", "gamma_st", "gamma_ts", "alpha_weight_decay")
+    not_negative += ("response_weight", "peer_weight", "attention_weight")
     for name in (*not_negative, "kl_target_epsilon", "checkpoint_minutes", "seed", "val_seed"):
         value = getattr(config, name)
         if value is not None and value < 0:
@@ -178,25 +205,22 @@ def check(config: TrainConfig) -> None:
         raise InputError(f"--milestones must be in order, not {' '.join(map(str, config.milestones))}")
 
 
-# Fields that belong to some methods or networks only; unset they take that method's or network's own value.
-METHOD_FIELDS = (
-    "temperature",
-    "rampup_epochs",
-    "lambda_diversity",
-    "lambda_fusion",
-    "lambda_self_distillation",
-    "diversity_mode",
-    "kl_target_epsilon",
-)
+# Fields that belong to a family of networks.
 WRN_FIELDS = ("wrn_conv_bias", "wrn_stride_on", "wrn_shortcut_input", "wrn_last_norm_momentum")
 
 
-def adapted(config: TrainConfig, *, method: str | None = None, model: str | None = None) -> TrainConfig:
-    """A recipe's configuration for another method or network: what belongs to the recipe's own is unset."""
+def adapted(
+    config: TrainConfig, *, method: str | None = None, model: str | None = None, students: str | None = None
+) -> TrainConfig:
+    """A recipe's configuration for another method or networks: what belongs to the recipe's own is unset."""
     if method is not None and method != config.method:
-        config = dataclasses.replace(config, method=method, **dict.fromkeys(METHOD_FIELDS))
+        own = dict.fromkeys((*METHOD_FIELDS, *TEACHER_FIELDS, "students", "leader")) | {"teachers": ()}
+        config = dataclasses.replace(config, method=method, **own)
+    if students is not None and not students.isdecimal():
+        # The names of networks take the place of --model; given together they are an error.
+        config = dataclasses.replace(config, model=None, taps=())
     if model is not None and model != config.model:
-        config = dataclasses.replace(config, model=model)
+        config = dataclasses.replace(config, model=model, taps=())
         if not model.startswith("wrn"):
             config = dataclasses.replace(config, **dict.fromkeys(WRN_FIELDS))
     return config
@@ -235,8 +259,22 @@ def from_plain(values: dict[str, Any]) -> dict[str, Any]:
     if unknown := sorted(set(values) - known):
         raise unknown_name("configuration field", unknown[0], known)
     converted = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    paths = ("data_root", "data_path", "out")
+    paths = ("data_root", "data_path", "out", "aggregation_file")
     return {name: Path(v) if name in paths and v is not None else v for name, v in converted.items()}
+
+
+def _check_networks(config: TrainConfig) -> None:
+    names = config.student_models
+    if names is None:
+        return
+    if config.model is not None:
+        raise InputError(
+            f"--model {config.model} and the list --students {config.students} name the same networks: give one of them"
+        )
+    if "" in names:
+        raise InputError(f"--students {config.students!r} must be a number or names with commas, as resnet20,wrn16_2")
+    if config.taps:
+        raise InputError("--taps are layers of --model, and --students names several networks: leave one of them out")
 
 
 def _option(name: str) -> str:

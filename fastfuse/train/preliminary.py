@@ -1,0 +1,243 @@
+"""What a method needs trained before it: teachers, their paraphrasers, aggregation weights, earlier students.
+
+Each is a run of its own below the run folder, started, resumed or found finished:
+
+    teachers/            the teachers that --teachers does not name; several as one run of replicas
+    paraphrasers/N/      of teacher N (ft, and feed-* with paraphrased targets)
+    search/              the aggregation weights (dfa)
+    stages/stageN/       the students before the last (feed-sequential)
+"""
+
+import dataclasses
+import json
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastfuse import config as configuration
+from fastfuse import models
+from fastfuse.config import TrainConfig, adapted
+from fastfuse.errors import InputError, InterruptedRun
+from fastfuse.methods import Method
+from fastfuse.train.teachers import load_teacher
+from fastfuse.train.weights import model_options, read_weights
+
+Train = Callable[[TrainConfig], dict[str, Any]]
+
+# Seeds of teachers lie far from those of replicas: a teacher must not start from a student's initial weights.
+_TEACHER_SEED = 1000
+# The search as DARTS does it (first order); the paper of DFA does not say. Half of a batch trains the weights.
+_SEARCH = {"lr": 0.025, "weight_decay": 3e-4, "nesterov": False, "schedule": "cosine", "batch_size": 128}
+
+
+class OutOfTime(Exception):
+    """--max-time is over before everything that comes first is trained."""
+
+
+def resolved(config: TrainConfig, method: type[Method]) -> TrainConfig:
+    """The configuration with what comes before the run written out.
+
+    Raises:
+        InputError: an option of something that the method does not have.
+    """
+    own = {
+        "teacher_model": method.teacher_count > 0 or method.extra_network == "teacher",
+        "teachers": method.teacher_count > 0,
+        "teacher_count": method.teacher_count > 0,
+        "teacher_epochs": method.teacher_count > 0,
+        "paraphraser_epochs": _paraphrases(config),
+        "search_epochs": _searches(config),
+        "feed_stages": config.method == "feed-sequential",
+        "aggregation_file": config.method == "dfa" and config.aggregation == "searched",
+    }
+    for name in configuration.TEACHER_FIELDS:
+        if getattr(config, name) and not own[name]:
+            option = "--" + name.replace("_", "-")
+            raise InputError(f"{_described(config)} has no use for {option}: leave it out")
+    count = len(config.teachers) or config.teacher_count or method.teacher_count
+    if config.teachers and config.teacher_count not in (None, count):
+        raise InputError(f"--teachers names {count}, --teacher-count asks for {config.teacher_count}: leave one out")
+    filled = {
+        "teacher_model": config.teacher_model or (config.student_models or [config.model])[0],
+        "teacher_count": count,
+        "teacher_epochs": config.teacher_epochs or config.epochs,
+        "paraphraser_epochs": config.paraphraser_epochs or config.epochs,
+        "search_epochs": config.search_epochs or config.epochs,
+        "feed_stages": config.feed_stages or 5,
+    }
+    return dataclasses.replace(config, **{name: value for name, value in filled.items() if own[name]})
+
+
+def stand_in(config: TrainConfig, num_classes: int) -> tuple[TrainConfig, dict[str, Any]]:
+    """Configuration and ingredients of the same method, without what would have to be trained first.
+
+    A method made of it has the right shapes, so that bad input is found before hours of training, and nothing else.
+    """
+    if not config.teacher_count:
+        return config, {}
+    given: dict[str, Any] = {"teachers": [load_teacher(entry, config, num_classes) for entry in config.teachers]}
+    while len(given["teachers"]) < config.teacher_count:
+        given["teachers"].append(_fresh_teacher(config, num_classes))
+    if _paraphrases(config):
+        from fastfuse.nn.factor import Paraphraser
+
+        ratio = config.factor_ratio
+        channels = [teacher.feature_channels[-1] for teacher in given["teachers"]]
+        given["paraphrasers"] = [Paraphraser(c, round(c * ratio)).state_dict() for c in channels]
+    if config.aggregation_file is not None:
+        given["searched"] = _read_aggregation(config.aggregation_file)
+    elif _searches(config):
+        config = dataclasses.replace(config, aggregation="uniform")
+    return config, given
+
+
+def prepared(config: TrainConfig, num_classes: int, train: Train | None) -> dict[str, Any]:
+    """What the method is given besides its networks: trained now, or found finished.
+
+    Args:
+        config: resolved, with its run folder.
+        num_classes: K.
+        train: trains a configuration to its end or to --max-time; None: everything must be there.
+
+    Raises:
+        InputError: something that was named cannot be found, or is not there and `train` is None.
+        OutOfTime: --max-time has passed.
+        InterruptedRun: Ctrl-C.
+    """
+    if not config.teacher_count:
+        return {}
+    runs = _Runs(config, train)
+    entries = list(config.teachers) or runs.teachers()
+    if config.method == "feed-sequential":
+        entries = [runs.stages(entries[0])]
+    given: dict[str, Any] = {"teachers": [load_teacher(entry, config, num_classes) for entry in entries]}
+    if _paraphrases(config):
+        files = [runs.paraphraser(i, entry) / "paraphraser.safetensors" for i, entry in enumerate(entries)]
+        given["paraphrasers"] = [read_weights(file) for file in files]
+    if _searches(config):
+        given["searched"] = _read_aggregation(config.aggregation_file or runs.search(entries) / "aggregation.json")
+    return given
+
+
+def fingerprint(given: dict[str, Any]) -> str | None:
+    """Checksum of all that a method was given; None for nothing."""
+    if not given:
+        return None
+    checksum = zlib.crc32(json.dumps(given.get("searched"), sort_keys=True).encode())
+    states = [teacher.state_dict() for teacher in given["teachers"]] + given.get("paraphrasers", [])
+    for tensor in (tensor for state in states for tensor in state.values()):
+        checksum = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, checksum)
+    return f"{len(given['teachers'])} teachers, crc {checksum:08x}"
+
+
+class _Runs:
+    """The runs below a run."""
+
+    def __init__(self, config: TrainConfig, train: Train | None) -> None:
+        self.config, self.train = config, train
+        self.folder = Path(config.out)
+        self.began = time.monotonic()
+
+    def teachers(self) -> list[str]:
+        """As many as asked for, alike but for their seeds."""
+        config, count = self.config, self.config.teacher_count
+        seed = config.seed + _TEACHER_SEED
+        own = {"model": config.teacher_model, "students": 1, "seed": seed, "replicas": count}
+        path = self._run("teachers", "independent", config.teacher_epochs, **own)
+        return [str(path / f"seed{seed + i}") for i in range(count)] if count > 1 else [str(path)]
+
+    def paraphraser(self, index: int, teacher: str) -> Path:
+        """Of one teacher."""
+        own = {"teachers": (teacher,), "teacher_model": self.config.teacher_model, "students": 1}
+        own |= {"model": self.config.teacher_model, "factor_ratio": self.config.factor_ratio, "strategy": "auto"}
+        return self._run(f"paraphrasers/{index}", "paraphraser", self.config.paraphraser_epochs, **own)
+
+    def search(self, teachers: list[str]) -> Path:
+        """The aggregation weights for this teacher and this student."""
+        own = {"teachers": tuple(teachers), "teacher_model": self.config.teacher_model, "students": 1, **_SEARCH}
+        own["strategy"] = "auto"  # it has no networks side by side
+        return self._run("search", "dfa-search", self.config.search_epochs, **own)
+
+    def stages(self, teacher: str) -> str:
+        """All students but the last, each the next one's teacher; gives the last one's teacher."""
+        config = self.config
+        for stage in range(1, config.feed_stages):
+            own = {"teachers": (teacher,), "seed": config.seed + _TEACHER_SEED + stage, "feed_stages": 1}
+            teacher = str(self._run(f"stages/stage{stage}", config.method, config.epochs, **own))
+        return teacher
+
+    def _run(self, name: str, method: str, epochs: int, **own: Any) -> Path:
+        path = self.folder / name
+        if _finished(path):
+            return path
+        if self.train is None:
+            raise InputError(
+                f"{path} is missing or has not ended; go on with: fastfuse train --resume --out {self.folder}"
+            )
+        config = self.config
+        model = own.pop("model", config.model)
+        base = {"init": (), "replicas": 1, "baseline": False, "recipe": None, "epochs": epochs, "out": path}
+        base |= {"resume": path.exists(), "val_seed": config.seed if config.val_seed is None else config.val_seed}
+        base["milestones"] = config.milestones if epochs == config.epochs else None
+        base["max_time"] = None if config.max_time is None else self._minutes_left()
+        single = dataclasses.replace(adapted(config, method=method, model=model), **{**base, **own})
+        try:
+            summary = self.train(single)
+        except InterruptedRun as error:
+            raise InterruptedRun(
+                f"interrupted while training {path}; its checkpoint is written, go on with: fastfuse train --resume "
+                f"--out {self.folder}"
+            ) from error
+        if not summary["completed"]:
+            raise OutOfTime
+        return path
+
+    def _minutes_left(self) -> float:
+        left = self.config.max_time - (time.monotonic() - self.began) / 60
+        if left <= 0:
+            raise OutOfTime
+        return left
+
+
+def _finished(path: Path) -> bool:
+    try:
+        return bool(json.loads((path / "summary.json").read_text())["completed"])
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _read_aggregation(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} cannot be read as aggregation weights ({error}); give the aggregation.json of a dfa-search run"
+        ) from error
+
+
+def _fresh_teacher(config: TrainConfig, num_classes: int) -> nn.Module:
+    model = str(config.teacher_model)
+    options = model_options(config) if model.startswith("wrn") else {}
+    return models.build(model, num_classes, taps=config.taps if model == config.model else (), **options)
+
+
+def _paraphrases(config: TrainConfig) -> bool:
+    feeds = config.method in ("feed-parallel", "feed-sequential")
+    return config.method == "ft" or (feeds and config.factor_targets == "paraphrased")
+
+
+def _searches(config: TrainConfig) -> bool:
+    return config.method == "dfa" and config.aggregation == "searched"
+
+
+def _described(config: TrainConfig) -> str:
+    if config.method == "dfa" and config.aggregation != "searched":
+        return f"{config.method} with --aggregation {config.aggregation}"
+    if config.method.startswith("feed-"):
+        return f"{config.method} with --factor-targets {config.factor_targets}"
+    return config.method

@@ -1,0 +1,162 @@
+"""FFCL's terms and gradients against its equations, written down once more; which weight moves which gradient."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastfuse import FusionLoss
+from fastfuse.errors import InputError
+from fastfuse.losses.ffcl import positive_knowledge
+from tests.losses import batches, published
+
+HYPER = {
+    "temperature": 3.0,
+    "response_weight": 0.7,
+    "peer_weight": 0.3,
+    "attention_weight": 10.0,
+    "regularization": "virtual",
+    "regularization_weight": 0.1,
+    "regularization_temperature": 20.0,
+    "detach_fusion": False,
+}
+# channels of the peers, size of their last map, deviations of hyper-parameters
+CASES = {
+    "a student and a wider teacher": ([4, 9], 3, {}),
+    "two students of one teacher: the mean over two peers": ([4, 5, 9], 2, {}),
+    "the regularisation of Tf-KD's program": ([4, 9], 3, {"regularization": "published"}),
+    "without regularisation cross-entropy is whole": ([4, 9], 3, {"regularization": "off"}),
+    "the fused head does not reach the peers": ([4, 9], 3, {"detach_fusion": True}),
+    "another temperature and share": ([8, 8], 2, {"regularization_temperature": 2.5, "regularization_weight": 0.4}),
+}
+
+
+def prepared(case: str, **deviations: object) -> tuple[FusionLoss, dict, dict]:
+    peers, deep, changed = CASES[case]
+    hyper = HYPER | changed | deviations
+    loss = FusionLoss(peers, batches.CLASSES, method="ffcl", **hyper)
+    return published.scramble(loss.double()), batches.arguments(peers, deep=deep), hyper
+
+
+def virtual_teacher(labels: Tensor, classes: int) -> Tensor:
+    """Probabilities [B, K]: 0.99 for the label, the rest shared by the others."""
+    u = torch.full((len(labels), classes), 0.01 / (classes - 1), dtype=torch.float64)
+    u[torch.arange(len(labels)), labels] = 0.99
+    return u
+
+
+def regularization(logits: Tensor, labels: Tensor, temperature: float, form: str) -> Tensor:
+    u = virtual_teacher(labels, logits.shape[1])
+    if form == "published":
+        q = torch.exp(u / temperature)
+        log_p = logits - torch.logsumexp(logits, 1, keepdim=True)
+    else:
+        q = u ** (1 / temperature)
+        log_p = logits / temperature - torch.logsumexp(logits / temperature, 1, keepdim=True)
+    q = q / q.sum(1, keepdim=True)
+    elements = q * (q.log() - log_p)
+    return 100 * elements.mean() if form == "published" else temperature**2 * elements.sum() / len(logits)
+
+
+def equations(state: dict, hyper: dict, given: dict, factor: float) -> dict[str, Tensor]:
+    maps, logits, labels = [m[-1] for m in given["features"]], given["logits"], given["labels"]
+    peers, t = range(len(maps)), hyper["temperature"]
+    fused = published.fuse([m.detach() for m in maps] if hyper["detach_fusion"] else maps, state, "fusion")
+    fused_logits = published.classify(fused, state)
+    share = 0.0 if hyper["regularization"] == "off" else hyper["regularization_weight"]
+    terms = {
+        "fusion_ce": published.cross_entropy(fused_logits, labels),
+        "fusion_kl": factor * published.kl(fused_logits, sum(logits) / len(logits), t),
+    }
+    for i in peers:
+        others = [published.kl(logits[i], logits[j], t) for j in peers if j != i]
+        close = published.distance(published.attention(maps[i]), published.attention(fused).detach())
+        terms[f"student{i}_ce"] = (1 - share) * published.cross_entropy(logits[i], labels)
+        terms[f"student{i}_response"] = factor * hyper["response_weight"] * published.kl(logits[i], fused_logits, t)
+        terms[f"student{i}_peers"] = factor * hyper["peer_weight"] * sum(others) / len(others)
+        terms[f"student{i}_feature"] = factor * hyper["attention_weight"] * close
+        if share:
+            own = (hyper["regularization_temperature"], hyper["regularization"])
+            terms[f"student{i}_regularization"] = share * regularization(logits[i], labels, *own)
+    return terms
+
+
+def gradients(total: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, retain_graph=True)
+    return dict(zip(leaves, found, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_terms_gradients_and_statistics_equal_the_equations(case: str) -> None:
+    loss, given, hyper = prepared(case)
+    state = published.trainable_copy(loss)
+    terms = equations(state, hyper, given, math.exp(-5 * (1 - 30 / 80) ** 2))
+    output = loss(**given, progress=30)
+    assert batches.differing(output.terms, {name: term.detach() for name, term in terms.items()}) == {}
+    ours = gradients(output.loss, batches.leaves(given) | dict(loss.named_parameters()))
+    wanted = batches.leaves(given) | {name: t for name, t in state.items() if t.requires_grad}
+    assert set(ours) == set(wanted)
+    assert batches.differing(ours, gradients(sum(terms.values()), wanted)) == {}
+    buffers = dict(loss.named_buffers())
+    assert batches.differing(buffers, {name: t for name, t in state.items() if "running" in name}) == {}
+
+
+@pytest.mark.parametrize("form", ["virtual", "published"])
+def test_a_student_that_says_what_the_virtual_teacher_says_has_no_regularisation(form: str) -> None:
+    """KL is 0 there, and positive everywhere else."""
+    labels, temperature = torch.tensor([0, 3, 2]), 2.5
+    u = virtual_teacher(labels, 5)
+    same = u.log() if form == "virtual" else u / temperature
+    assert positive_knowledge([same], labels, temperature, form).abs().item() < 1e-12
+    assert positive_knowledge([same + torch.randn_like(same)], labels, temperature, form).item() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("weight", "kinds", "heads"),
+    [
+        ("response_weight", ("logits",), ("response",)),
+        ("peer_weight", ("logits",), ("peers",)),
+        ("attention_weight", ("maps",), ("feature",)),
+    ],
+)
+def test_a_weight_of_zero_takes_its_term_and_nothing_else(weight: str, kinds: tuple, heads: tuple) -> None:
+    case = "a student and a wider teacher"
+    torch.manual_seed(0)
+    loss, given, hyper = prepared(case)
+    torch.manual_seed(0)
+    without, _, _ = prepared(case, **{weight: 0.0})
+    without.load_state_dict(loss.state_dict())
+    leaves = batches.leaves(given)
+    state = published.trainable_copy(loss)
+    terms = equations(state, hyper, given, 1.0)
+    own = gradients(sum(t for name, t in terms.items() if name.endswith(heads)), leaves)
+    whole, less = gradients(loss(**given).loss, leaves), gradients(without(**given).loss, leaves)
+    for name in leaves:
+        touched = own[name] is not None
+        assert touched == any(kind in name for kind in kinds), name
+        wanted = whole[name] - own[name] if touched else whole[name]
+        assert batches.error(less[name], wanted) <= 1e-10, name
+
+
+def test_the_fused_head_reaches_the_peers_unless_it_is_detached() -> None:
+    loss, given, _ = prepared("a student and a wider teacher", attention_weight=0.0)
+    cut, _, _ = prepared("a student and a wider teacher", attention_weight=0.0, detach_fusion=True)
+    maps = {name: x for name, x in batches.leaves(given).items() if "maps" in name}
+    assert all(g.any() for g in gradients(loss(**given).loss, maps).values())
+    assert all(g is None or not g.any() for g in gradients(cut(**given).loss, maps).values())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"regularization": "virtuel"}, "did you mean virtual"),
+        ({"regularization_temperature": 0.0}, "regularization_temperature"),
+        ({"peer_weight": -1.0}, "peer_weight"),
+        ({"lambda_fusion": 1.0}, "ffcl has no lambda_fusion"),
+        ({"leader_channels": 8}, "ffcl has no leader"),
+    ],
+)
+def test_unusable_values_are_refused(wrong: dict, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        FusionLoss([8, 8], 5, method="ffcl", **wrong)

@@ -1,0 +1,54 @@
+"""Every method ready to train, with what it must be given: teachers, paraphrasers, searched weights."""
+
+from typing import Any
+
+from fastfuse import models
+from fastfuse.methods import METHODS, Method, build_method
+from fastfuse.nn.factor import Paraphraser
+from tests.nn.stacking import untidy
+
+# Nothing that these train is a network that classifies images on its own.
+WITHOUT_STUDENTS = tuple(name for name in ("paraphraser", "dfa-search") if name in METHODS)
+# Their networks do not read the images side by side.
+LOOP_ONLY = ("ffl", "one", *WITHOUT_STUDENTS)
+WITH_STUDENTS = tuple(name for name in METHODS if name not in WITHOUT_STUDENTS)
+SIDE_BY_SIDE = tuple(name for name in METHODS if name not in LOOP_ONLY)
+
+
+def students_of(name: str, wanted: int) -> int:
+    """As many students as wanted, or as many as the method can have."""
+    return min(wanted, METHODS[name].maximum_students or wanted)
+
+
+def ingredients(name: str, *, model: str = "resnet8", num_classes: int, **options: Any) -> dict[str, Any]:
+    """What a method is given besides networks and hyper-parameters: untrained, but with statistics of their own."""
+    method = METHODS[name]
+    if not method.teacher_count:
+        return {}
+    # The search weighs the blocks of a stage: with one in each there is nothing to learn.
+    model = {"resnet8": "resnet14", "wrn10_1": "wrn16_1"}.get(model, model) if name == "dfa-search" else model
+    given: dict[str, Any] = {
+        "teachers": [untidy(models.build(model, num_classes)).float() for _ in range(method.teacher_count)]
+    }
+    hyper = {**method.defaults, **options}
+    if name == "ft" or hyper.get("factor_targets") == "paraphrased":
+        widths = [teacher.feature_channels[-1] for teacher in given["teachers"]]
+        given["paraphrasers"] = [Paraphraser(c, round(c * hyper["factor_ratio"])).state_dict() for c in widths]
+    if hyper.get("aggregation") == "searched":
+        counts = [len(blocks) for blocks in given["teachers"][0].stage_blocks]
+        given["searched"] = {"groups": [{"weights": [1 / n] * n} for n in counts]}
+    return given
+
+
+def smallest(name: str) -> str:
+    """The smallest network that a method has something to train on: a search needs two blocks to weigh."""
+    return "resnet14" if name == "dfa-search" else "resnet8"
+
+
+def make(name: str, students: int = 2, *, model: str | None = None, num_classes: int, **options: Any) -> Method:
+    """A method in training mode, of networks of one name; the teachers' too."""
+    model = model or smallest(name)
+    given = ingredients(name, model=model, num_classes=num_classes, **options)
+    return build_method(
+        name, model=model, students=students_of(name, students), num_classes=num_classes, **given, **options
+    ).train()
