@@ -87,11 +87,11 @@ def batches(cases: Sequence[Case]) -> dict[str, Value]:
     return {key: values[0] if len(values) == 1 else "+".join(map(str, values)) for key, values in found.items()}
 
 
-def stem(suite: str, cases: Sequence[Case]) -> str:
-    """Of a report's files."""
+def stem(suite: str, cases: Sequence[Case], part: str | None = None) -> str:
+    """Of a report's files; `part` in place of the numbers of students."""
     first, sizes = cases[0], batches(cases)
     models = "+".join(dict.fromkeys(case.model for case in cases))
-    students = "+".join(map(str, dict.fromkeys(case.students for case in cases)))
+    part = part or "s" + "+".join(map(str, dict.fromkeys(case.students for case in cases)))
     own = all(case.image_size == data_of(case.model).image_size for case in cases)
     images = "" if own else f"_i{sizes['image_size']}"
-    return f"{suite}_{models}_s{students}_b{sizes['batch_size']}{images}_{first.amp}_{first.device.type}"
+    return f"{suite}_{models}_{part}_b{sizes['batch_size']}{images}_{first.amp}_{first.device.type}"

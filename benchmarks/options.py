@@ -11,13 +11,17 @@ SUITES = {
     "step": "one training step, batch in memory: the published program against fastfuse",
     "epoch": "a whole epoch, data in memory, against the sum of its steps",
     "scaling": "what more students and replicas cost",
+    "teachers": "a forward of the frozen teachers of feed-parallel: plain, folded, stacked",
     "kernels": "every operator against eager and compiled reference",
+    "methods": "what every method learns, beside the same network alone",
 }
-STUDENTS = {"step": [2], "epoch": [2], "scaling": [2, 4, 8], "kernels": [2]}
+# The suites of "all": without the one that takes hours.
+MEASURING = tuple(name for name in SUITES if name != "methods")
+STUDENTS = {"step": [2], "epoch": [2], "scaling": [2, 4, 8], "teachers": [5], "kernels": [2], "methods": [2]}
 QUICK_STUDENTS = STUDENTS | {"scaling": [2, 4]}
 # Of the suites that are not here, and without --quick of all, a model's own: see `benchmarks.cases`.
-QUICK_BATCH_SIZE = {"epoch": 16, "scaling": 16}
-QUICK_REPEATS = {"step": 5, "epoch": 2, "scaling": 2, "kernels": 2}
+QUICK_BATCH_SIZE = {"epoch": 16, "scaling": 16, "teachers": 16}
+QUICK_REPEATS = {"step": 5, "epoch": 2, "scaling": 2, "teachers": 2, "kernels": 2, "methods": 1}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,9 +34,13 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser = _Parser(prog="benchmarks/run.py", description=description, allow_abbrev=False)
     suites = "; ".join(f"{name}: {what}" for name, what in SUITES.items())
     add = parser.add_argument
-    add("--suite", required=True, help=f"{suites}; all: these in turn")
+    add("--suite", required=True, help=f"{suites}; all: these in turn, without methods")
     add("--model", type=_names, default=["resnet32"], help="networks, or all (resnet32)")
-    add("--students", type=_numbers, help="numbers of common students, such as 2,4,8 (2; scaling: 2,4,8)")
+    add(
+        "--students",
+        type=_numbers,
+        help="numbers of common students, such as 2,4,8 (2; scaling: 2,4,8); teachers: of teachers (5)",
+    )
     add("--replicas", type=_numbers, help="of the suite scaling: numbers of replicas, such as 4 (none)")
     add(
         "--batch-size", type=int, help="images per step (128; ImageNet's networks 256, on a CPU 4; --quick: see README)"
@@ -42,7 +50,15 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--providers", type=_names, help="published, published-amp, compile, networks-only, fastfuse")
     add("--modes", type=_names, help="eager, compiled, graphed, graphed-compiled")
     add("--strategies", type=_names, help="loop, branches, grouped")
-    add("--images", type=int, help="of an epoch (50,000; on a CPU eight batches)")
+    add("--images", type=int, help="of an epoch (50,000; on a CPU eight batches); methods: of each class for training")
+    add("--methods", type=_names, help="of the suites step and methods: names, or all (ffsd; methods: all)")
+    add("--teacher-model", help="of the suites step and methods: network of the frozen teachers (--model)")
+    add("--epochs", type=int, help="of the suite methods: of every run (30; 1 with --quick)")
+    add("--seeds", type=int, help="of the suite methods: runs of each method (3 of the papers' five, 1 of the others)")
+    add("--data", default="digits", help="of the suite methods: digits, npz, cifar10 or cifar100")
+    add("--data-path", type=Path, help="of the suite methods: the file of --data npz")
+    add("--data-root", type=Path, help="of the suite methods: folder of the CIFAR files")
+    add("--classes", type=int, help="of the suite methods: the first so many classes (all)")
     add("--repeats", type=int, help="timed turns of each provider (5; 2 with --quick, but for step)")
     add("--device", default="auto", help="auto, cpu or cuda (auto: cuda where there is one)")
     add("--quick", action="store_true", help="step: one ratio, in the form that suits the device; else: does it run")
@@ -68,11 +84,16 @@ def check(options: argparse.Namespace) -> None:
         if options.plot and options.suite == "all":
             raise InputError("--plot with the suite all needs --out instead of a file: there are several pictures")
     least = {"students": 2, "replicas": 1, "batch_size": 2, "image_size": 8, "repeats": 1, "images": 2}
+    least |= {"epochs": 1, "seeds": 1, "classes": 2}
     for name, lowest in least.items():
         given = getattr(options, name)
         for value in given if isinstance(given, list) else [given]:
             if value is not None and value < lowest:
                 raise InputError(f"--{name.replace('_', '-')} must be at least {lowest}, not {value}")
+    if options.suite in ("step", "all") and options.methods not in (None, ["ffsd"]):
+        for name in ("students", "providers", "quick", "plot"):
+            if getattr(options, name) not in (None, False):
+                raise InputError(f"--{name} is of the step of ffsd alone: leave it or --methods out")
     if (
         options.quick
         and options.suite in ("step", "all")

@@ -107,25 +107,31 @@ def prepare(program: Program, case: Case, start: Start) -> Prepared:
         AssertionError: it computes something else; nothing is measured then.
         InputError: a strategy that these networks cannot take.
     """
-    began = time.perf_counter()
     held = memory.held(case.device)
-    step, form = build(program, case, start)
+    step, form, losses, seconds = ready(lambda: build(program, case, start))
     low = program.kind == "published-amp"
     tolerance = AGREEMENT["bf16" if low else "off" if program.kind == "published" else case.amp]
     wanted = [start.cross_entropies] if program.kind == "networks-only" else start.losses
     # All replicas start alike here, and their losses are added.
-    check(str(program), [float(step()) / case.replicas for _ in range(2)], wanted, tolerance)
-    ready = time.perf_counter() - began
-    return Prepared(step, form, ready, memory.peak_mb(step, held, case.device))
+    check(str(program), [loss / case.replicas for loss in losses], wanted, tolerance)
+    return Prepared(step, form, seconds, memory.peak_mb(step, held, case.device))
 
 
-def check(name: str, losses: list[float], wanted: list[float], tolerance: float) -> None:
-    """Losses of the first steps against those of the published program; as many as there are wanted ones."""
+def ready(make: Callable[[], tuple[Step, Form | None]]) -> tuple[Step, Form | None, list[float], float]:
+    """What `make` gives, the losses of its first two steps, and the seconds that all this took."""
+    began = time.perf_counter()
+    step, form = make()
+    losses = [float(step()) for _ in range(2)]
+    return step, form, losses, time.perf_counter() - began
+
+
+def check(
+    name: str, losses: list[float], wanted: list[float], tolerance: float, source: str = "the published program"
+) -> None:
+    """Losses of the first steps against those of `source`; as many as there are wanted ones."""
     for number, (loss, right) in enumerate(zip(losses, wanted, strict=False), 1):
         if not math.isclose(loss, right, rel_tol=tolerance):
-            raise AssertionError(
-                f"{name} computes a loss of {loss} in step {number} where the published program has {right}"
-            )
+            raise AssertionError(f"{name} computes a loss of {loss} in step {number} where {source} has {right}")
 
 
 def build(program: Program, case: Case, start: Start) -> tuple[Step, Form | None]:

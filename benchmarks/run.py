@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # Before torch is loaded: threads that spin while they wait make a busy machine a hundred times slower (docs/LOG.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-from benchmarks.options import SUITES, check, for_suite, make_parser
+from benchmarks.options import MEASURING, check, for_suite, make_parser
 from fastfuse.errors import FastfuseError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             plot.check()
         if options.out is not None:
             report.prepare(options.out)
-        for suite in SUITES if options.suite == "all" else (options.suite,):
+        for suite in MEASURING if options.suite == "all" else (options.suite,):
             _run(suite, for_suite(options, suite))
     except FastfuseError as error:
         print(f"error: {error}", file=sys.stderr)

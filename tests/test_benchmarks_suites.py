@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from benchmarks import epoch, programs, run, scaling, step
+from benchmarks import epoch, programs, run, scaling, step, teachers
 from benchmarks.programs import Case, Start
 from benchmarks.selection import Form, Program
 from fastfuse.errors import InputError
@@ -110,9 +110,40 @@ def test_scaling_is_measured_in_turn_over_the_students(tmp_path, capsys, monkeyp
     assert "ratio fastfuse eager/loop S=3/S=2: " in printed and "ratio fastfuse eager/loop S=2 R=2/S=2: " in printed
 
 
+def test_teachers_are_measured_as_given_folded_and_stacked(tmp_path, capsys):
+    arguments = ["--suite", "teachers", *SMALL, "--students", "2,3", "--out", str(tmp_path)]
+    assert run.main(arguments) == 0
+    rows = json.loads((tmp_path / "teachers_resnet8_s2+3_b4_off_cpu.json").read_text())["rows"]
+    labels = ["unfolded eager", "fastfuse eager/loop", "fastfuse eager/grouped"]
+    assert [(row["teachers"], row["provider"]) for row in rows] == [(n, label) for n in (2, 3) for label in labels]
+    for plain, folded, grouped in (rows[:3], rows[3:]):
+        # The nine norms of each network are gone, and what is left is done once for all.
+        assert plain["ops"] - folded["ops"] == 9 * plain["teachers"] and grouped["ops"] < folded["ops"] / 1.5
+        for row in (plain, folded, grouped):
+            assert row["lowest_ms"] <= row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] <= row["highest_ms"]
+            assert row["baseline_ratio"] == pytest.approx(plain["median_ms"] / row["median_ms"])
+            assert row["images_per_s"] == pytest.approx(4e3 / row["median_ms"])
+    assert "ratio resnet8 N=3 unfolded eager/fastfuse eager/grouped: " in capsys.readouterr().out
+
+
+def test_no_speed_of_other_teachers(monkeypatch):
+    case = Case("resnet8", 2, 4, "off", torch.device("cpu"))
+    forms = [Form("eager", "plain"), Form("eager", "grouped")]
+    assert set(teachers.prepared(case, forms)) == set(forms)
+    original = teachers.Teachers.arrange
+
+    def arrange(self, strategy):
+        self._plain[1].fc.bias.data.add_(1.0)
+        return original(self, strategy)
+
+    monkeypatch.setattr(teachers.Teachers, "arrange", arrange)
+    with pytest.raises(AssertionError, match="fastfuse eager/grouped is off by"):
+        teachers.prepared(case, forms)
+
+
 def test_all_suites_run_in_turn_with_their_own_defaults(monkeypatch, tmp_path):
     ran = []
-    for module in (step, epoch, scaling):
+    for module in (step, epoch, scaling, teachers):
         name = module.__name__.rpartition(".")[2]
         monkeypatch.setattr(module, "run", lambda options, name=name: ran.append((name, options.students)) or iter(()))
     from benchmarks import kernels, plot
@@ -120,7 +151,7 @@ def test_all_suites_run_in_turn_with_their_own_defaults(monkeypatch, tmp_path):
     monkeypatch.setattr(plot, "check", lambda: None)
     monkeypatch.setattr(kernels, "run", lambda options: ran.append(("kernels", options.repeats)) or iter(()))
     assert run.main(["--suite", "all", "--device", "cpu", "--out", str(tmp_path), "--plot"]) == 0
-    assert ran == [("step", [2]), ("epoch", [2]), ("scaling", [2, 4, 8]), ("kernels", 5)]
+    assert ran == [("step", [2]), ("epoch", [2]), ("scaling", [2, 4, 8]), ("teachers", [5]), ("kernels", 5)]
 
 
 def test_a_model_that_does_not_exist_is_one_line(capsys):

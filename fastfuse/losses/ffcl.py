@@ -7,6 +7,7 @@ features and of responses, a regularisation that gives positive knowledge.
 import math
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from fastfuse import functional
@@ -84,18 +85,18 @@ def positive_knowledge(logits: list[Tensor], labels: Tensor, temperature: float,
 
     "virtual": T^2 KL(softmax(log u / T) || softmax(z / T)), u the teacher's probabilities: equation 9 of Tf-KD.
     "published": 100 / K KL(softmax(u / T) || softmax(z)), what the program of Tf-KD computes.
-
-    The target has two values, so that the KL is a cross-entropy with smoothed labels less the target's entropy.
     """
-    classes = logits[0].shape[1]
-    right, wrong = _CERTAINTY, (1 - _CERTAINTY) / max(classes - 1, 1)
-    scores = (right, wrong) if form == "published" else (math.log(right), math.log(wrong))
-    ratio = math.exp((scores[0] - scores[1]) / temperature)  # of the two probabilities of the target
-    other = 1 / (ratio + classes - 1)
-    entropy = -ratio * other * math.log(ratio * other) - (classes - 1) * other * math.log(other)
-    scale, divisor = (_MULTIPLIER / classes, 1.0) if form == "published" else (temperature**2, temperature)
-    softened = [row / divisor for row in logits]
-    smoothed = functional.peer_kl_ce(
-        softened, labels, temperature=1.0, teachers=[[] for _ in softened], label_smoothing=classes * other
+    right, wrong = _CERTAINTY, (1 - _CERTAINTY) / max(logits[0].shape[1] - 1, 1)
+    if form == "published":
+        scores, temperature, scale = (right / temperature, wrong / temperature), 1.0, _MULTIPLIER / logits[0].shape[1]
+    else:
+        scores, scale = (math.log(right), math.log(wrong)), 1.0
+    # T^2 = 400 multiplies the rounding of log-probabilities, whose differences are small: these few numbers are worth
+    # float64, as the loss would otherwise be known to six digits.
+    rows = [row.double() for row in logits]
+    teacher = torch.full_like(rows[0], scores[1]).scatter(1, labels[:, None], scores[0])
+    learns_from = [*([len(rows)] for _ in rows), []]
+    found = functional.peer_kl_ce(
+        [*rows, teacher], labels, temperature=temperature, teachers=learns_from, backend="reference"
     )
-    return scale * (smoothed.cross_entropy - entropy)
+    return (scale * found.divergence[:-1]).to(torch.promote_types(logits[0].dtype, torch.float32))

@@ -1,8 +1,14 @@
 """Whole steps of the methods on the Triton kernels, in the interpreter, against the recordings' float64 run."""
 
 import pytest
+import torch
+from triton.runtime import interpreter
 
-from tests.replay import replay_stepwise
+from fastfuse.methods import METHODS
+from fastfuse.testing import assert_within_budget
+from tests.methods import making
+from tests.nn.stacking import untidy
+from tests.replay import replay_stepwise, step_in_float32
 
 
 @pytest.mark.long
@@ -12,3 +18,24 @@ def test_every_term_and_gradient_is_within_the_error_budget(golden, name, steps)
     assert len(used) > 100
     over = {what: found for what, found in used.items() if found[0] > 1}
     assert not over
+
+
+# float64 is not the kernels': ffcl's virtual teacher stays with the reference, everything else of it does not.
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("ffsd", "ffl")])
+def test_every_method_runs_on_the_kernels(name, monkeypatch):
+    """One forward and backward on Triton alone, beside the eager reference, against float64."""
+    torch.manual_seed(0)
+    exact = untidy(making.make(name, num_classes=5)).train()
+    images, labels = torch.randn(6, 3, 12, 12, dtype=torch.float64), torch.arange(6) % 5
+    progress = torch.tensor(30.0, dtype=torch.float64)
+    launched, call = [], interpreter.GridExecutor.__call__
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda *a, **k: (launched.append(1), call(*a, **k))[1])
+    ours = step_in_float32(exact, (images, labels), progress, "triton")
+    assert launched or name == "paraphraser", "no kernel ran"
+    eager = step_in_float32(exact, (images, labels), progress, "reference")
+    output = exact(images, labels, progress)
+    output.loss.backward()
+    truth = (output.terms, {key: p.grad for key, p in exact.named_parameters()})
+    for part, a, e, t in zip(("terms", "gradients"), ours, eager, truth, strict=True):
+        rows = [torch.cat([found[key].flatten() for key in t]) for found in (a, t, e)]
+        assert_within_budget(*rows, what=f"{name}: {part}")
