@@ -1,6 +1,7 @@
 """From a configuration to a finished run."""
 
 import dataclasses
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import torch
 
 from fastfuse.config import TrainConfig
 from fastfuse.data import Dataset
-from fastfuse.errors import FastfuseError
+from fastfuse.errors import FastfuseError, InputError
 from fastfuse.methods import Method
 from fastfuse.train import build, checkpoint, modes, preliminary
 from fastfuse.train.loop import Trainer
@@ -70,7 +71,21 @@ def train(config: TrainConfig) -> dict[str, Any]:
         trainer = Trainer(config, run, dataset, method, device, preliminary.fingerprint(given))
         if state is not None:
             trainer.restore(state)
-        return trainer.run_all()
+        summary = trainer.run_all()
+    if config.method == "dfa-search" and config.replicas == 1 and summary["networks"]:
+        _draw_search(run, quiet=config.quiet)
+    return summary
+
+
+def _draw_search(run: RunFolder, *, quiet: bool) -> None:
+    """The weights over time as aggregation.png; without matplotlib a word about it, for the run has what it is for."""
+    from fastfuse.train.alpha_plot import plot_alphas
+
+    try:
+        plot_alphas(run.path, run.path / "aggregation.png")
+    except InputError as error:
+        if not quiet:
+            print(f"fastfuse: no aggregation.png: {error}", file=sys.stderr)
 
 
 def _assembled(config: TrainConfig, dataset: Dataset, given: dict[str, Any], *, fresh: bool) -> Method:

@@ -1,6 +1,7 @@
 """What is trained before a run: teachers, paraphrasers, searches and stages; found again, resumed, interrupted."""
 
 import dataclasses
+import importlib.util
 import json
 import shutil
 import signal
@@ -102,6 +103,7 @@ def test_a_search_of_another_run_takes_the_place_of_one(train):
     groups = json.loads((alone.path / "aggregation.json").read_text())["groups"]
     assert all(sum(group["weights"]) == pytest.approx(1) for group in groups)
     assert [line["aggregation"]["groups"] for line in alone.metrics][-1] == groups
+    assert (alone.path / "aggregation.png").exists() == (importlib.util.find_spec("matplotlib") is not None)
 
 
 @pytest.mark.parametrize("at", [2, 8, 14], ids=["in the teacher", "in the paraphraser", "in the run"])
