@@ -168,29 +168,21 @@ def _reconstruct(arguments: list[str]) -> int:
     given = {key: value for key, value in dataclasses.asdict(options).items() if key != "json"}
     config = configured(networks, given)
     rows = reconstruct(networks, config)
-    files = save(rows, config)
     if options.json:
         print(json.dumps([row._asdict() for row in rows], indent=2))
+        save(rows, config)
         return 0
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        "network",
-        "map",
-        "code",
-        "train",
-        "test",
-        "test / mean |F|",
-        title="Mean absolute error of the rebuilt last map",
-    )
+    headings = ("network", "map", "code", "train", "test", "test / mean |F|")
+    table = Table(*headings, title="Mean absolute error of the rebuilt last map")
     for row in rows:
         share = f"{row.test / row.scale:.3f}" if row.scale else ""
-        table.add_row(
-            row.network, str(row.channels), str(row.factor_channels), f"{row.train:.4f}", f"{row.test:.4f}", share
-        )
+        sizes, wrong = (row.channels, row.factor_channels), (row.train, row.test)
+        table.add_row(row.network, *map(str, sizes), *(f"{x:.4f}" for x in wrong), share)
     Console(file=sys.stdout).print(table)
-    print("\n".join(map(str, files)))
+    print("\n".join(map(str, save(rows, config))))
     return 0
 
 

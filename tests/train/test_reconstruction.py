@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastfuse import models
+from fastfuse import cli, models
 from fastfuse.config import TrainConfig
 from fastfuse.errors import InputError
 from fastfuse.nn.factor import Paraphraser
@@ -108,3 +108,18 @@ def test_refusals_come_before_any_training(config, files):
     with pytest.raises(InputError, match=r"nowhere\.pt cannot be found"):
         reconstruct([*files, "nowhere.pt"], config)
     assert not config.out.exists()
+
+
+def test_the_command_prints_a_row_for_each_network(train, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="no matplotlib, which draws the picture")
+    runs = [str(train("--method", "independent", "--seed", seed, out=f"run{seed}").path) for seed in (0, 1)]
+    capsys.readouterr()
+    options = ["--epochs", "1", "--batch-size", "24", "--device", "cpu", "--quiet", "--out", str(tmp_path / "found")]
+    assert cli.main(["reconstruct", *runs, *options, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["network"] for row in rows] == runs and all(row["test"] > 0 for row in rows)
+    assert json.loads((tmp_path / "found" / "reconstruction.json").read_text())["rows"] == rows
+    assert cli.main(["reconstruct", *runs, *options, "--resume"]) == 0
+    assert f"{rows[1]['test']:.4f}" in capsys.readouterr().out
+    assert cli.main(["reconstruct", "--quiet"]) == 2
+    assert "needs trained networks" in capsys.readouterr().err
