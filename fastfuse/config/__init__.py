@@ -52,13 +52,15 @@ class RunOptions:
     """[NETWORK=]FILE: start a network (student0, leader, ...) or all of them from a weight file; repeatable."""
 
     data: str = "digits"
-    """digits, npz, cifar10 or cifar100."""
+    """digits, npz, cifar10, cifar100 or imagefolder."""
     data_root: Path | None = None
-    """Folder of the CIFAR files (default: data)."""
+    """Folder of the CIFAR files (default: data), or of an imagefolder's train/ and test/ with a folder a class."""
     data_path: Path | None = None
     """The file of --data npz."""
     download: bool = False
     """Let torchvision download CIFAR."""
+    image_size: int | None = None
+    """imagefolder: height and width to which its images are brought; all stay on the device."""
     val_fraction: float = 0.0
     """Share of the training images to hold out for choosing the best epoch."""
     val_seed: int | None = None

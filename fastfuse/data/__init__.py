@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from fastfuse.data import arrays, cifar, digits
+from fastfuse.data import arrays, cifar, digits, imagefolder
 from fastfuse.data.augment import EpochPlan, EvaluationBatches, TrainingBatches, epoch_plan, steps_per_epoch
 from fastfuse.data.dataset import Dataset, Split, split_validation
 from fastfuse.errors import InputError, unknown_name
@@ -20,7 +20,7 @@ __all__ = [
     "steps_per_epoch",
 ]
 
-NAMES = ("digits", "npz", "cifar10", "cifar100")
+NAMES = ("digits", "npz", "cifar10", "cifar100", "imagefolder")
 
 
 def load(
@@ -33,18 +33,20 @@ def load(
     seed: int = 0,
     padding: int | None = None,
     flip: bool | None = None,
+    image_size: int | None = None,
 ) -> Dataset:
     """Load a data set by name, on the CPU.
 
     Args:
         name: one of `NAMES`.
-        root: folder of the CIFAR sets; default `data`.
+        root: folder of the CIFAR sets (default `data`), or of `imagefolder`.
         path: the file of `npz`.
         download: fetch a CIFAR set that is not below `root`.
         val_fraction: share of the training images, 0 <= f < 1, to hold out as validation split, stratified by class.
         seed: draws that share.
         padding: pixels of the random crop; None for the data set's own.
         flip: random mirroring; None for the data set's own.
+        image_size: height and width to which `imagefolder` brings its images.
 
     Raises:
         InputError: an unknown name, unusable files or an option that does not fit, in one line.
@@ -53,12 +55,16 @@ def load(
         raise unknown_name("data set", name, NAMES)
     if path is not None and name != "npz":
         raise InputError(f"data set {name} takes no file, got {str(path)!r}: leave --data-path out or use --data npz")
+    if image_size is not None and name != "imagefolder":
+        raise InputError(f"data set {name} takes no --image-size, its images have one: leave {image_size} out")
     if not 0 <= val_fraction < 1:
         raise InputError(f"val_fraction must be at least 0 and below 1, got {val_fraction}: correct --val-fraction")
     if name == "digits":
         dataset = digits.load()
     elif name == "npz":
         dataset = arrays.load(path)
+    elif name == "imagefolder":
+        dataset = imagefolder.load(root=root, image_size=image_size)
     else:
         dataset = cifar.load(name, root=root, download=download)
     dataset = dataclasses.replace(

@@ -66,6 +66,7 @@ def load_data(config: TrainConfig) -> Dataset:
         seed=config.seed if config.val_seed is None else config.val_seed,
         padding=config.crop_padding,
         flip=config.flip,
+        image_size=config.image_size,
     )
 
 

@@ -57,7 +57,7 @@ def configured(networks: Sequence[str], given: Mapping[str, Any]) -> TrainConfig
     path = Path(networks[0])
     if path.is_dir():
         first = RunFolder(path).read_config()
-        data = ("data", "data_root", "data_path", "crop_padding", "flip")
+        data = ("data", "data_root", "data_path", "crop_padding", "flip", "image_size")
         config = dataclasses.replace(config, **{name: getattr(first, name) for name in data})
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
     if config.out is None:

@@ -95,6 +95,7 @@ HAS_OWN_TEST = {
     "data_root": "below",
     "data_path": "below",
     "download": "below",
+    "image_size": "test_imagefolder.py",
     "channels_last": "below",
     "ema": "below",
     "mode": "test_modes.py",
