@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastfuse import data
 from fastfuse.data.dataset import Dataset, Split
-from fastfuse.testing import assert_within_budget
+from fastfuse.testing import assert_within_budget, in_other_orders
 from fastfuse.train.average import MovingAverage
 from fastfuse.train.engine import Engine
 from fastfuse.train.optim import build_optimizers
@@ -82,22 +82,26 @@ def agree_over_20_steps(eager: Engine, other: Engine, what: str) -> None:
     """Every step starts from the eager run's state; its terms and its update stay within the error budget."""
     exact = make_exact(eager)
     for number in range(20):
-        epoch, step = divmod(number, 3)
         start = state_of(eager)
-        put(exact, start)
-        put(other, start)
-        results = []
-        for engine in (other, exact, eager):
-            engine.start_epoch(seed=0, epoch=epoch, step=step, factors=[1.0] * 3)
-            engine.run(step)
-            engine.terms.count(epoch=epoch, step=step, images=1)
-            row = engine.terms._buffer[0].clone()
-            engine.terms.flush()
-            after = state_of(engine)
-            changes = [after[name].double() - before.double() for name, before in start.items()]
-            results.append([row, torch.cat([c.flatten() for c in changes]).to(row.dtype)])
-        for part, (ours, truth, theirs) in zip(("terms", "changes"), zip(*results, strict=True), strict=True):
-            assert_within_budget(ours, truth, theirs, what=f"{what}, step {number}: {part}")
+        ours, truth = (_one_step(engine, start, number) for engine in (other, exact))
+        # A method of two terms rounds them as luck has it: the worst of several orders of summation is no luck.
+        orders = list(in_other_orders(lambda start=start, number=number: _one_step(eager, start, number)))
+        for i, part in enumerate(("terms", "changes")):
+            assert_within_budget(ours[i], truth[i], [x[i] for x in orders], what=f"{what}, step {number}: {part}")
+
+
+def _one_step(engine: Engine, start: dict[str, Tensor], number: int) -> list[Tensor]:
+    """The terms of step `number` from a state, and what it changes."""
+    epoch, step = divmod(number, 3)
+    put(engine, start)
+    engine.start_epoch(seed=0, epoch=epoch, step=step, factors=[1.0] * 3)
+    engine.run(step)
+    engine.terms.count(epoch=epoch, step=step, images=1)
+    row = engine.terms._buffer[0].clone()
+    engine.terms.flush()
+    after = state_of(engine)
+    changes = [after[name].double() - before.double() for name, before in start.items()]
+    return [row, torch.cat([c.flatten() for c in changes]).to(row.dtype)]
 
 
 def make_exact(engine: Engine) -> Engine:
