@@ -11,7 +11,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastfuse.config.commands import EvalOptions, InfoOptions, MethodsOptions, ReconstructOptions
+from fastfuse.config.commands import (
+    CompareOptions,
+    EvalOptions,
+    ExportOptions,
+    InfoOptions,
+    MethodsOptions,
+    PredictOptions,
+    ReconstructOptions,
+)
 from fastfuse.errors import CheckpointError, FastfuseError, InputError, unknown_name
 
 USAGE = """usage: fastfuse COMMAND [OPTIONS]
@@ -21,6 +29,9 @@ Feature-fusion knowledge distillation: train several networks together, deploy o
 commands:
   train        train networks (fastfuse train --help lists all options)
   eval         accuracy of a finished or interrupted run
+  compare      what differs between runs: configuration, accuracy, speed
+  export       one trained network as a file of its own, with a model card
+  predict      classes of images by an exported network
   methods      all methods: what each needs, what it deploys, its recipes
   reconstruct  how well an autoencoder reconstructs the features of trained networks (FEED's analysis)
   info         versions, devices, and what each operator can run on
@@ -31,6 +42,9 @@ examples:
   fastfuse train --resume --out runs/my-run
   fastfuse train --method feed-parallel --model resnet56 --data cifar100 --teachers runs/a runs/b
   fastfuse eval runs/my-run
+  fastfuse export runs/my-run --format torch-export
+  fastfuse predict runs/my-run/export/leader.pt2 photo.png
+  fastfuse compare runs/a runs/b
 """
 
 
@@ -50,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "eval": _eval,
+        "export": _export,
+        "predict": _predict,
+        "compare": _compare,
         "methods": _methods,
         "reconstruct": _reconstruct,
         "info": _info,
@@ -122,7 +139,7 @@ def parse_train(arguments: list[str]) -> Any:
 
     options = dataclasses.make_dataclass(
         "TrainOptions",
-        [("init", tyro.conf.UseAppendAction[tuple[str, ...]], dataclasses.field(default=()))],
+        [(name, tyro.conf.UseAppendAction[tuple[str, ...]], dataclasses.field(default=())) for name in ("init", "log")],
         bases=(configuration.TrainConfig,),
         frozen=True,
         namespace={
@@ -155,6 +172,66 @@ def _eval(arguments: list[str]) -> int:
         table.add_row(name, f"{accuracy['top1']:.2f}", f"{accuracy['top5']:.2f}")
     Console(file=sys.stdout).print(table)
     return 0
+
+
+def _compare(arguments: list[str]) -> int:
+    named = next((i for i, a in enumerate(arguments) if a.startswith("-")), len(arguments))
+    options = _parse(CompareOptions, "fastfuse compare RUN_A RUN_B [RUN ...]", arguments[named:])
+    from fastfuse.train.compare import compare, print_tables
+
+    found = compare([Path(run) for run in arguments[:named]])
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print_tables(found)
+    return 0
+
+
+def _export(arguments: list[str]) -> int:
+    positional = [a for a in arguments[:1] if not a.startswith("-")]
+    if not positional and not {"-h", "--help"} & set(arguments):
+        raise InputError("fastfuse export needs a run folder: fastfuse export RUN [OPTIONS]")
+    options = _parse(ExportOptions, "fastfuse export RUN", arguments[len(positional) :])
+    from fastfuse.train.export import export
+
+    found = export(Path(positional[0]), options)
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    if not found["completed"]:
+        print(f"{positional[0]} has not ended yet: taken from {found['source']}, epoch {found['epoch']}")
+    own, plain = (f"{c['parameters']:,} parameters, {c['multiply_adds']:,} multiply-adds" for c in found["costs"])
+    same = "the plain network's" if own == plain else f"the plain network: {plain}"
+    print(f"{found['network']}: {own} ({same}); logits checked, largest difference {found['error']:.2g}")
+    print(f"{found['file']}\n{found['card']}")
+    return 0
+
+
+def _predict(arguments: list[str]) -> int:
+    named = next((i for i, a in enumerate(arguments) if a.startswith("-")), len(arguments))
+    files, rest = arguments[:named], arguments[named:]
+    if len(files) < 2 and not {"-h", "--help"} & set(rest):
+        raise InputError("fastfuse predict needs an exported file and images: fastfuse predict EXPORTED IMAGE [...]")
+    options = _parse(PredictOptions, "fastfuse predict EXPORTED IMAGE [IMAGE ...]", rest)
+    from fastfuse.train.predict import predict
+
+    found = list(predict(Path(files[0]), [Path(file) for file in files[1:]]))
+    if options.json:
+        print(json.dumps([one.plain() for one in found], indent=2))
+    elif any(one.top for one in found):
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table("image", "class", "probability")
+        for one in found:
+            for place, (name, share) in enumerate(one.top):
+                table.add_row("" if place else escape(one.image), escape(name), f"{share:.4f}")
+        Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160).print(table)
+    for one in found:
+        if one.error:
+            print(f"fastfuse: {one.error}", file=sys.stderr)
+    return 1 if any(one.error for one in found) else 0
 
 
 def _reconstruct(arguments: list[str]) -> int:

@@ -37,7 +37,7 @@ MAY_KNOW = {
 BACKENDS = ("reference", "triton_kernels", "cuda")
 # Slow, or absent on some machines: imported where they are used. So are the few modules that are made of them.
 CARRIERS = re.compile(r"fastfuse\.(kernels\.(_device|\w+\.triton_\w+)|train\.display)(\.|$)")
-HEAVY = re.compile(r"(torchvision|rich|tyro|triton|matplotlib)(\.|$)")
+HEAVY = re.compile(r"(torchvision|rich|tyro|triton|matplotlib|tensorboard|torch\.utils\.tensorboard|wandb)(\.|$)")
 
 
 def targets(node: ast.AST, package: str) -> list[str]:

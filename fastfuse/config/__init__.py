@@ -27,7 +27,7 @@ __all__ = [
 # May differ between a run and its resumption: they do not change what is computed.
 RUNTIME_FIELDS = frozenset(
     {"recipe", "data_root", "data_path", "download", "out", "resume", "max_time", "device", "init", "log_interval"}
-    | {"checkpoint_minutes", "baseline", "quiet", "mode", "strategy", "teachers", "aggregation_file"}
+    | {"checkpoint_minutes", "baseline", "quiet", "mode", "strategy", "teachers", "aggregation_file", "log"}
 )
 
 
@@ -136,6 +136,8 @@ class RunOptions:
     """Checkpoint inside an epoch when so many minutes have passed since the last one; every epoch's end has one."""
     log_interval: int = 50
     """Steps between two looks at the loss."""
+    log: tuple[str, ...] = ()
+    """tensorboard or wandb, beside metrics.jsonl and metrics.csv; off drops those of a resumed run."""
     baseline: bool = False
     """Train the same network alone afterwards, under the same budget, into <out>/independent."""
     quiet: bool = False
@@ -199,10 +201,12 @@ def check(config: TrainConfig) -> None:
     choices |= {"mode": ("auto", "eager", "compiled", "graphed", "graphed-compiled")}
     choices |= {"strategy": ("auto", "loop", "branches", "grouped")}
     choices["diversity_mode"] = ("published", "normalized")
+    choices["log"] = ("tensorboard", "wandb", "off")
     for name, known in choices.items():
         value = getattr(config, name)
-        if value is not None and value not in known:
-            raise unknown_name(_option(name), value, known)
+        for given in value if isinstance(value, tuple) else (value,):
+            if given is not None and given not in known:
+                raise unknown_name(_option(name), given, known)
     if config.milestones is not None and list(config.milestones) != sorted(config.milestones):
         raise InputError(f"--milestones must be in order, not {' '.join(map(str, config.milestones))}")
 

@@ -19,6 +19,47 @@ class EvalOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class CompareOptions:
+    """What differs between runs; finished ones that differ in nothing but the seed are one column, with mean and
+    deviation."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """One trained network of a run as a file of its own, checked against the run, with a model card beside it."""
+
+    network: str | None = None
+    """Network of the run, such as student1 (default: the one that the method deploys)."""
+    format: str = "safetensors"
+    """safetensors or torch: the plain network's weights; torch-export (.pt2) or onnx: the whole program, any batch."""
+    best: bool = False
+    """Weights of the best epoch (default: the last one's)."""
+    fold_batchnorm: bool = False
+    """Fold batch norms into the convolutions before them; torch-export and onnx."""
+    out: Path | None = None
+    """The file (default: RUN/export/NETWORK with the format's suffix)."""
+    data_root: Path | None = None
+    """Folder of the CIFAR files, if they have moved."""
+    data_path: Path | None = None
+    """The file of --data npz, if it has moved."""
+    device: str = "auto"
+    """Where latency is measured: auto, cpu, cuda or cuda:N."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictOptions:
+    """The five most probable classes of images, by a .pt2 file of fastfuse export."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclasses.dataclass(frozen=True)
 class InfoOptions:
     """Versions, devices, and every operator's backends."""
 

@@ -37,6 +37,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
     method = METHODS[config.method]
     defaults = method.defaults
     filled: dict[str, Any] = {"milestones": milestones(config)}
+    filled["log"] = () if "off" in config.log else tuple(dict.fromkeys(config.log))
     named = config.student_models
     if named is None:
         filled["model"] = config.model or MODEL

@@ -20,6 +20,7 @@ from fastfuse.train import build, checkpoint, modes
 from fastfuse.train.average import MovingAverage
 from fastfuse.train.engine import Engine
 from fastfuse.train.evaluate import Accuracy, Evaluator
+from fastfuse.train.loggers import Loggers
 from fastfuse.train.optim import build_optimizers
 from fastfuse.train.record import RunFolder
 from fastfuse.train.replicas import write_run_folders
@@ -57,6 +58,7 @@ class Trainer:
     ) -> None:
         self.config = config
         self.run = run
+        self.loggers = Loggers(run, config)
         self.given = given
         self.fingerprint = dataset.fingerprint()
         self.dataset = dataset.to(device)
@@ -99,7 +101,7 @@ class Trainer:
         from fastfuse.train.display import Display
 
         config, position = self.config, self.position
-        self.run.write_metrics(position.history)
+        self.loggers.write(position.history)
         title = f"{config.method} {config.networks} on {config.data}"
         display = Display(title, config.epochs, self.steps_per_epoch, quiet=config.quiet)
         with self._catching_interrupts(), display:
@@ -212,7 +214,7 @@ class Trainer:
             self.run.write_weights(f"{name}_best", deployed[name])
         for name, result in results.items():
             self.run.write_result(name, result)
-        self.run.write_metrics(position.history)
+        self.loggers.write(position.history)
         self._save()
         display.epoch(line, {name: position.best[name]["top1"] for name in deployed if name in position.best})
 

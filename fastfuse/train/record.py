@@ -1,6 +1,9 @@
-"""The run folder: config.json, metrics.jsonl, summary.json and the deployed network's weights."""
+"""The run folder: config.json, metrics.jsonl and .csv, summary.json and the deployed network's weights."""
 
+import csv
+import io
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +69,11 @@ class RunFolder:
             raise InputError(f"{path} cannot be read as a run's configuration: {error}") from error
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
-        """Write all epochs' lines anew, as after a resume."""
+        """Write all epochs anew, as after a resume: metrics.jsonl, and the same as a table, metrics.csv."""
         text = "".join(json.dumps(line) + "\n" for line in history)
         write_atomic(self.path / "metrics.jsonl", lambda file: file.write(text.encode()))
+        table = csv_table(history)
+        write_atomic(self.path / "metrics.csv", lambda file: file.write(table.encode()))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Keep the results."""
@@ -88,3 +93,31 @@ class RunFolder:
 
     def _write_json(self, name: str, value: Any) -> None:
         write_atomic(self.path / name, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+
+
+def scalars(line: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of an epoch's line by their path, as accuracy/leader/top1; the whole loss is plainly `loss`."""
+    found: dict[str, float] = {}
+
+    def collect(value: Any, path: str) -> None:
+        if isinstance(value, Mapping):
+            for name, part in value.items():
+                collect(part, f"{path}/{name}" if path else name)
+        elif isinstance(value, list):
+            collect({str(i): part for i, part in enumerate(value)}, path)
+        elif isinstance(value, int | float):
+            found["loss" if path == "losses/loss" else path] = value
+
+    collect(line, "")
+    return found
+
+
+def csv_table(history: Sequence[Mapping[str, Any]]) -> str:
+    """A heading and a row per epoch; floats with all their digits, and nothing where an epoch has no such number."""
+    rows = [scalars(line) for line in history]
+    columns = list(dict.fromkeys(name for row in rows for name in row)) or ["epoch"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -15,7 +15,7 @@ from fastfuse.config import TrainConfig
 from fastfuse.data import Dataset
 from fastfuse.errors import FastfuseError, InputError
 from fastfuse.methods import Method
-from fastfuse.train import build, checkpoint, modes, preliminary
+from fastfuse.train import build, checkpoint, loggers, modes, preliminary
 from fastfuse.train.loop import Trainer
 from fastfuse.train.record import RunFolder
 
@@ -34,6 +34,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             the last good checkpoint kept; InterruptedRun after Ctrl-C.
     """
     config = build.resolved(config)
+    loggers.check(config.log)
     if config.out is None:
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         networks = config.networks.replace(":", "-").replace("/", "-")
@@ -71,7 +72,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         trainer = Trainer(config, run, dataset, method, device, preliminary.fingerprint(given))
         if state is not None:
             trainer.restore(state)
-        summary = trainer.run_all()
+        with trainer.loggers:
+            summary = trainer.run_all()
     if config.method == "dfa-search" and config.replicas == 1 and summary["networks"]:
         _draw_search(run, quiet=config.quiet)
     return summary

@@ -108,6 +108,7 @@ HAS_OWN_TEST = {
     "max_time": "below",
     "checkpoint_minutes": "below",
     "log_interval": "below",
+    "log": "test_loggers.py",
     "baseline": "below",
     "quiet": "below",
 }

@@ -1,5 +1,6 @@
 """Replicas: several seeds in one pass, each of them the run that it would have been alone."""
 
+import csv
 import json
 import statistics
 
@@ -99,6 +100,11 @@ def test_a_run_of_replicas_leaves_a_run_folder_of_each(train, tiny, tmp_path, ca
         assert results[0]["networks"]["leader"]["last_top1"] == lines[0][-1]["accuracy"]["leader"]["top1"]
         for name in ("leader", "leader_best"):
             assert (own / f"{name}.safetensors").exists()
+        with (own / "metrics.csv").open() as file:
+            table = list(csv.DictReader(file))
+        assert [float(row["accuracy/leader/top1"]) for row in table] == [
+            line["accuracy"]["leader"]["top1"] for line in lines[0]
+        ]
         capsys.readouterr()
         assert cli.main(["eval", str(own), "--device", "cpu", "--json"]) == 0
         accuracy = json.loads(capsys.readouterr().out)["accuracy"]

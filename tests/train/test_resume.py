@@ -148,9 +148,12 @@ def test_resuming_a_finished_run_changes_nothing(train):
 
 def test_a_lost_metrics_file_comes_back_from_the_checkpoint(train):
     run = train("--method", "independent", "--students", 1)
+    table = (run.path / "metrics.csv").read_bytes()
     (run.path / "metrics.jsonl").write_text('{"epoch": 1}\n{"ep')
+    (run.path / "metrics.csv").write_text("epoch,los")
     again = train("--method", "independent", "--students", 1, "--resume")
     assert again.metrics == run.metrics
+    assert (run.path / "metrics.csv").read_bytes() == table
 
 
 def test_a_checkpoint_carries_everything(train):

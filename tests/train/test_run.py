@@ -33,7 +33,7 @@ def test_all_methods_are_covered():
 def test_a_run_folder_holds_what_is_promised(train, method):
     run = train("--method", method)
     deployed = METHODS[method].deployed
-    names = {"config.json", "metrics.jsonl", "summary.json", "checkpoint.pt", f"{deployed}.safetensors"}
+    names = {"config.json", "metrics.jsonl", "metrics.csv", "summary.json", "checkpoint.pt", f"{deployed}.safetensors"}
     if deployed in HEADS[method]:
         names.add(f"{deployed}_best.safetensors")
     found = {path.name for path in run.path.iterdir()} - {"aggregation.png"}  # where there is matplotlib
