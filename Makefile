@@ -8,7 +8,8 @@
 #   make gpu-check [OUT=DIR]            those, the sanitizer, and the short benchmark of the kernels
 #   make bench                          time one training step, quick form
 #   make build                          compile the CUDA extension for this checkout (needs nvcc, no GPU)
-#   make lint                           ruff: rules and formatting
+#   make docs                           the API's pages from its docstrings, into build/docs
+#   make lint                           ruff: rules and formatting; mypy: types
 #
 # PYTHON=python3.12 names another interpreter.
 
@@ -34,7 +35,7 @@ except ImportError:
 endef
 export CHECK_PYTHON
 
-.PHONY: train test test-all test-oldest test-gpu gpu-check bench build lint
+.PHONY: train test test-all test-oldest test-gpu gpu-check bench build docs lint
 
 train: .venv/.installed
 	.venv/bin/fastfuse train --method ffsd --model resnet20 --students 2 --data digits --epochs $(EPOCHS) \
@@ -48,7 +49,7 @@ test-all: .venv/.installed-test
 
 test-oldest: .venv-oldest/.installed-test
 	.venv-oldest/$(PYTEST) -m "not long and not gpu" $(ARGS)
-	.venv-oldest/$(PYTEST) -m "long and not gpu" tests/kernels tests/methods/test_triton_step.py $(ARGS)
+	.venv-oldest/$(PYTEST) -m "long and not gpu" tests/kernels $(ARGS)
 
 # A GPU machine comes with its own PyTorch: nothing is installed, the checkout is run as it lies.
 test-gpu:
@@ -64,9 +65,14 @@ bench: .venv/.installed
 build: .venv/.installed
 	.venv/bin/python fastfuse/kernels/_build.py
 
+docs: .venv/.installed-test
+	.venv/bin/python docs/api.py build/docs
+	@echo "build/docs/index.html"
+
 lint: .venv/.installed-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 
 .venv/bin/pip .venv-oldest/bin/pip:
 	@command -v "$(PYTHON)" >/dev/null || { echo "no $(PYTHON) here: name an interpreter, make PYTHON=..." >&2; exit 1; }
@@ -80,7 +86,7 @@ lint: .venv/.installed-test
 	@touch $@
 
 .venv/.installed-test: .venv/.installed
-	@echo "Installing pytest and ruff into .venv"
+	@echo "Installing what tests, examples and pages need into .venv"
 	@.venv/$(PIP_INSTALL) --editable ".[test]"
 	@touch $@
 

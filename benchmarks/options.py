@@ -14,14 +14,16 @@ SUITES = {
     "teachers": "a forward of the frozen teachers of feed-parallel: plain, folded, stacked",
     "kernels": "every operator against eager and compiled reference",
     "methods": "what every method learns, beside the same network alone",
+    "data": "training images from JPEG files, beside torchvision's usual pipeline",
 }
-# The suites of "all": without the one that takes hours.
-MEASURING = tuple(name for name in SUITES if name != "methods")
+# The suites of "all": without the one that takes hours, and the one that measures the processor.
+MEASURING = tuple(name for name in SUITES if name not in ("methods", "data"))
 STUDENTS = {"step": [2], "epoch": [2], "scaling": [2, 4, 8], "teachers": [5], "kernels": [2], "methods": [2]}
+STUDENTS["data"] = [2]
 QUICK_STUDENTS = STUDENTS | {"scaling": [2, 4]}
 # Of the suites that are not here, and without --quick of all, a model's own: see `benchmarks.cases`.
 QUICK_BATCH_SIZE = {"epoch": 16, "scaling": 16, "teachers": 16}
-QUICK_REPEATS = {"step": 5, "epoch": 2, "scaling": 2, "teachers": 2, "kernels": 2, "methods": 1}
+QUICK_REPEATS = {"step": 5, "epoch": 2, "scaling": 2, "teachers": 2, "kernels": 2, "methods": 1, "data": 2}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,7 +52,11 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--providers", type=_names, help="published, published-amp, compile, networks-only, fastfuse")
     add("--modes", type=_names, help="eager, compiled, graphed, graphed-compiled")
     add("--strategies", type=_names, help="loop, branches, grouped")
-    add("--images", type=int, help="of an epoch (50,000; on a CPU eight batches); methods: of each class for training")
+    add(
+        "--images",
+        type=int,
+        help="of an epoch (50,000; on a CPU eight batches); methods: of each class for training; data: files",
+    )
     add("--methods", type=_names, help="of the suites step and methods: names, or all (ffsd; methods: all)")
     add("--teacher-model", help="of the suites step and methods: network of the frozen teachers (--model)")
     add("--epochs", type=int, help="of the suite methods: of every run (30; 1 with --quick)")

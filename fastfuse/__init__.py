@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     )
     from fastfuse.models.extract import extract
 
+    __version__: str
+
 _HOMES = {
     "AttentionLoss": "losses",
     "FusionLoss": "losses",
@@ -42,16 +44,18 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"fastfuse.{_HOMES[name]}"), name)
-    if name in _MODULES:
-        return importlib.import_module(f"fastfuse.{name}")
-    if name == "__version__":
-        from importlib import metadata
+if not TYPE_CHECKING:  # a type checker would take it for a promise of every name
 
-        return metadata.version("fastfuse")
-    raise AttributeError(f"module 'fastfuse' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name in _HOMES:
+            return getattr(importlib.import_module(f"fastfuse.{_HOMES[name]}"), name)
+        if name in _MODULES:
+            return importlib.import_module(f"fastfuse.{name}")
+        if name == "__version__":
+            from importlib import metadata
+
+            return metadata.version("fastfuse")
+        raise AttributeError(f"module 'fastfuse' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

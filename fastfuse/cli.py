@@ -6,8 +6,10 @@ import dataclasses
 import io
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,18 @@ from fastfuse.config.commands import (
     MethodsOptions,
     PredictOptions,
     ReconstructOptions,
+    ReportOptions,
 )
-from fastfuse.errors import CheckpointError, FastfuseError, InputError, unknown_name
+from fastfuse.config.help import EXIT_STATUS, below_options
+from fastfuse.errors import (
+    INTERRUPTED,
+    PREEMPTED,
+    CheckpointError,
+    FastfuseError,
+    InputError,
+    InterruptedRun,
+    unknown_name,
+)
 
 USAGE = """usage: fastfuse COMMAND [OPTIONS]
 
@@ -30,6 +42,7 @@ commands:
   train        train networks (fastfuse train --help lists all options)
   eval         accuracy of a finished or interrupted run
   compare      what differs between runs: configuration, accuracy, speed
+  report       one HTML page about runs: curves, attention maps, classes, configuration
   export       one trained network as a file of its own, with a model card
   predict      classes of images by an exported network
   methods      all methods: what each needs, what it deploys, its recipes
@@ -45,16 +58,17 @@ examples:
   fastfuse export runs/my-run --format torch-export
   fastfuse predict runs/my-run/export/leader.pt2 photo.png
   fastfuse compare runs/a runs/b
+  fastfuse report runs/a runs/b --html report.html
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0 done, 1 failed while running, 2 bad input, 130 interrupted."""
+    """Run a command; returns the exit status: 0 done, 1 failed, 2 bad input, 130 interrupted, 75 pre-empted."""
     # OpenMP threads that wait by spinning make two busy processes slow each other down a hundredfold (docs/LOG.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE, end="")
+        print(f"{USAGE}\n{EXIT_STATUS}")
         return 0
     if arguments[0] == "--version":
         import fastfuse
@@ -67,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "export": _export,
         "predict": _predict,
         "compare": _compare,
+        "report": _report,
         "methods": _methods,
         "reconstruct": _reconstruct,
         "info": _info,
@@ -76,29 +91,63 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise unknown_name("command", arguments[0], commands)
         return commands[arguments[0]](arguments[1:])
     except FastfuseError as error:
-        print(f"fastfuse: {error}", file=sys.stderr)
-        if type(error).__name__ == "InterruptedRun":
-            return 130
+        rank = int(os.environ.get("RANK", "0"))  # of several processes, which torchrun started
+        print(f"fastfuse: {f'process {rank}: ' if rank else ''}{error}", file=sys.stderr)
+        if isinstance(error, InterruptedRun):
+            return error.status
         return 2 if isinstance(error, InputError | CheckpointError) else 1
     except BrokenPipeError:  # the reader has gone, as in `fastfuse train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except _Preempted as signalled:
+        print(f"fastfuse: stopped by {signalled} outside of the training steps; go on with --resume", file=sys.stderr)
+        return PREEMPTED
     except KeyboardInterrupt:
         print("fastfuse: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
+
+
+class _Preempted(KeyboardInterrupt):
+    """SIGTERM or SIGUSR1 where there is no step to finish; like Ctrl-C, nothing that mends errors may catch it."""
+
+
+@contextlib.contextmanager
+def _preemptible() -> Iterator[None]:
+    """A block that SIGTERM and SIGUSR1 end; the trainer's steps hear them themselves and write a checkpoint first."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise _Preempted(signal.Signals(number).name)
+
+    # Of several processes one that left alone would make the others fail: torchrun ends them all.
+    alone = "RANK" not in os.environ and threading.current_thread() is threading.main_thread()
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1) if alone}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _train(arguments: list[str]) -> int:
+    with _preemptible():
+        return _train_to_the_end(arguments)
+
+
+def _train_to_the_end(arguments: list[str]) -> int:
     config = parse_train(arguments)
     from fastfuse.config import adapted
     from fastfuse.train.display import results_table
+    from fastfuse.train.distributed import together
     from fastfuse.train.run import train
 
-    summaries = [train(config)]
-    if config.baseline and summaries[0]["completed"]:
-        out = Path(summaries[0]["run"]) / "independent"
-        alone = dataclasses.replace(adapted(config, method="independent"), students=1, out=out, baseline=False)
-        summaries.append(train(alone))
+    with together(config.device) as processes:
+        summaries = [train(config)]
+        if config.baseline and summaries[0]["completed"]:
+            out = Path(summaries[0]["run"]) / "independent"
+            alone = dataclasses.replace(adapted(config, method="independent"), students=1, out=out, baseline=False)
+            summaries.append(train(alone))
+    if not processes.leads:
+        return 0
     if finished := [s for s in summaries if s["networks"]]:
         results_table(finished)
     else:
@@ -184,6 +233,17 @@ def _compare(arguments: list[str]) -> int:
         print(json.dumps(found, indent=2))
     else:
         print_tables(found)
+    return 0
+
+
+def _report(arguments: list[str]) -> int:
+    named = next((i for i, a in enumerate(arguments) if a.startswith("-")), len(arguments))
+    options = _parse(ReportOptions, "fastfuse report RUN [RUN ...]", arguments[named:])
+    from fastfuse.train.report import report
+
+    page, *pictures = report([Path(run) for run in arguments[:named]], options.html)
+    if not options.quiet:
+        print(f"{page}\n{len(pictures)} PNG files beside it")
     return 0
 
 
@@ -310,7 +370,8 @@ def _parse(kind: type, program: str, arguments: list[str], default: Any = None) 
         with contextlib.redirect_stderr(printed):
             return tyro.cli(kind, prog=program, args=arguments, **({} if default is None else {"default": default}))
     except SystemExit as stop:
-        if not stop.code:
+        if not stop.code:  # --help was asked for
+            print(f"\n{below_options(program.split()[1])}")
             raise
         raise InputError(_one_line(printed.getvalue(), program)) from None
 

@@ -8,6 +8,10 @@ from collections.abc import Iterable
 
 _LISTED = 50
 
+# Exit statuses of a run that was stopped: by who sits there (128 + SIGINT, as shells have it), or by who wants the
+# machine back (EX_TEMPFAIL of sysexits.h: come back later).
+INTERRUPTED, PREEMPTED = 130, 75
+
 
 class FastfuseError(Exception):
     """Base of all errors that a user can mend."""
@@ -26,7 +30,15 @@ class NonFiniteLossError(FastfuseError, ArithmeticError):
 
 
 class InterruptedRun(FastfuseError):
-    """Ctrl-C: the step was finished and a checkpoint written."""
+    """Ctrl-C, SIGTERM or SIGUSR1: the step was finished and a checkpoint written.
+
+    Attributes:
+        status: the command line's exit status: INTERRUPTED (130) after Ctrl-C, PREEMPTED (75) after the others.
+    """
+
+    def __init__(self, message: str, *, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class BackendUnavailableError(FastfuseError, RuntimeError):

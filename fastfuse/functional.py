@@ -1,5 +1,6 @@
 """The public stateless operators. Each is documented where it is defined, in `fastfuse/kernels/<op>/op.py`."""
 
+from fastfuse.kernels._across import Across
 from fastfuse.kernels._numerics import BatchNorm
 from fastfuse.kernels.aggregate_distance.op import aggregate_distance
 from fastfuse.kernels.attention_mse.op import attention_map, attention_mse
@@ -22,6 +23,7 @@ from fastfuse.kernels.peer_kl_ce.op import ENSEMBLE, PeerKlCe, peer_kl, peer_kl_
 
 __all__ = [
     "ENSEMBLE",
+    "Across",
     "BatchNorm",
     "BatchNormAct",
     "ConcatConv1x1",

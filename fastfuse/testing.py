@@ -64,7 +64,7 @@ def in_other_orders(compute: Callable[[], list[Tensor]]) -> Iterator[list[Tensor
     try:
         for count, enabled in product((1, 2), (True, False)):
             torch.set_num_threads(count)
-            torch.backends.mkldnn.enabled = enabled
+            setattr(torch.backends.mkldnn, "enabled", enabled)  # noqa: B010 (a property of the module, which its types do not know)
             yield compute()
     finally:
         torch.set_num_threads(threads)

@@ -1,7 +1,4 @@
 import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,20 +7,15 @@ from fastfuse import config
 from fastfuse.cli import parse_train
 from fastfuse.methods import METHODS
 from fastfuse.train.build import resolved
+from tests.guides import blocks, run_block, training_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-
-
 def test_the_plain_loop_of_the_readme_runs(tmp_path):
-    (program,) = blocks("python")
-    script = tmp_path / "loop.py"
-    script.write_text(program)
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    (program,) = blocks(README, "python")
+    done = run_block(*program, tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.strip().splitlines()
     assert [line[0] for line in lines] == ["0", "1"]
@@ -32,14 +24,8 @@ def test_the_plain_loop_of_the_readme_runs(tmp_path):
     assert "nan" not in done.stdout
 
 
-def commands() -> list[str]:
-    lines = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
-    return [line for line in lines if line.startswith("fastfuse train") and "--resume" not in line]
-
-
-@pytest.mark.parametrize("command", commands())
-def test_the_training_commands_of_the_readme_are_valid(command):
-    arguments = shlex.split(command)[2:]
+@pytest.mark.parametrize("arguments", training_arguments(README), ids=" ".join)
+def test_the_training_commands_of_the_readme_are_valid(arguments):
     settings = resolved(parse_train(arguments))
     assert settings.method in METHODS
     assert all(str(getattr(settings, a[2:].replace("-", "_"))) for a in arguments if a.startswith("--"))

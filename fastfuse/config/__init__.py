@@ -27,7 +27,32 @@ __all__ = [
 # May differ between a run and its resumption: they do not change what is computed.
 RUNTIME_FIELDS = frozenset(
     {"recipe", "data_root", "data_path", "download", "out", "resume", "max_time", "device", "init", "log_interval"}
-    | {"checkpoint_minutes", "baseline", "quiet", "mode", "strategy", "teachers", "aggregation_file", "log"}
+    | {"checkpoint_minutes", "keep_checkpoints", "baseline", "quiet", "mode", "strategy", "teachers"}
+    | {"aggregation_file", "log", "workers"}
+)
+
+_COUNTS = (
+    *(
+        "epochs",
+        "batch_size",
+        "replicas",
+        "students",
+        "log_interval",
+        "branch_stage",
+        "teacher_count",
+        "teacher_epochs",
+    ),
+    *("paraphraser_epochs", "search_epochs", "feed_stages", "accumulate", "keep_checkpoints"),
+)
+_POSITIVE = (
+    *("lr", "transform_lr", "gamma", "temperature", "max_time", "alpha_lr", "factor_ratio", "clip_norm"),
+    "regularization_temperature",
+)
+_NOT_NEGATIVE = (
+    *("momentum", "weight_decay", "fusion_weight_decay", "transform_weight_decay", "warmup_epochs", "rampup_epochs"),
+    *("lambda_diversity", "lambda_fusion", "lambda_self_distillation", "at_weight", "factor_weight", "dfa_weight"),
+    *("gamma_st", "gamma_ts", "alpha_weight_decay", "response_weight", "peer_weight", "attention_weight"),
+    *("kl_target_epsilon", "workers", "checkpoint_minutes", "max_bad_steps", "seed", "val_seed"),
 )
 
 
@@ -52,15 +77,23 @@ class RunOptions:
     """[NETWORK=]FILE: start a network (student0, leader, ...) or all of them from a weight file; repeatable."""
 
     data: str = "digits"
-    """digits, npz, cifar10, cifar100 or imagefolder."""
+    """digits, npz, cifar10, cifar100, imagefolder or imagenet."""
     data_root: Path | None = None
-    """Folder of the CIFAR files (default: data), or of an imagefolder's train/ and test/ with a folder a class."""
+    """Folder of the CIFAR files (default: data), of an imagefolder's train/ and test/ with a folder a class, or of
+    imagenet's train/ and val/."""
     data_path: Path | None = None
     """The file of --data npz."""
     download: bool = False
     """Let torchvision download CIFAR."""
     image_size: int | None = None
-    """imagefolder: height and width to which its images are brought; all stay on the device."""
+    """imagefolder, imagenet: pixels, height and width of the images in training (imagenet: default 224)."""
+    stream: bool | None = None
+    """imagefolder: decode while training, with random resized crops, instead of keeping all images on the device
+    (default: from 4 GiB of decoded images on; imagenet always is)."""
+    data_cache: Path | None = None
+    """Streamed images: decode and resize all of them once into this folder, which training then reads."""
+    workers: int | None = None
+    """Streamed images: processes that decode, 0 for none (default: cores - 1, 1 to 16)."""
     val_fraction: float = 0.0
     """Share of the training images to hold out for choosing the best epoch."""
     val_seed: int | None = None
@@ -73,7 +106,9 @@ class RunOptions:
     epochs: int = 300
     """Passes over the training images."""
     batch_size: int = 128
-    """Images per step."""
+    """Images per step, of all processes together."""
+    accumulate: int = 1
+    """Divide the images of a step into so many forwards and backwards, one after another."""
     seed: int = 0
     """Decides initial weights, order and augmentation."""
     lr: float = 0.1
@@ -121,6 +156,8 @@ class RunOptions:
     """Let a GPU round float32 products to TF32, without --amp."""
     channels_last: bool = True
     """Keep maps and convolution weights channels-last; faster on CPUs and in half precision."""
+    sync_batchnorm: bool = False
+    """Of several processes (torchrun): batch norms take the statistics of all."""
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, which is then evaluated and deployed; 0 is off."""
     device: str = "auto"
@@ -134,6 +171,16 @@ class RunOptions:
     """Stop with a checkpoint after so many minutes."""
     checkpoint_minutes: float = 5.0
     """Checkpoint inside an epoch when so many minutes have passed since the last one; every epoch's end has one."""
+    keep_checkpoints: int = 2
+    """So many checkpoints stay: the newest, and those before it, for when it turns out damaged."""
+    clip_norm: float | None = None
+    """Scale gradients down so that their norm, over everything that is trained, is at most this; none: as they are."""
+    max_bad_steps: int | None = None
+    """So many steps in a row may have a loss or gradient that is not finite; their update is left out. Without a word
+    0, with fp16 32."""
+    deterministic: bool = False
+    """Only operators that give the same bits in every run on the same device; some are slower, and what a GPU has no
+    such form of is an error. Runs on a CPU are so anyway."""
     log_interval: int = 50
     """Steps between two looks at the loss."""
     log: tuple[str, ...] = ()
@@ -165,29 +212,20 @@ def check(config: TrainConfig) -> None:
     Raises:
         InputError: names the option, its value and what is expected.
     """
-    counts = ("epochs", "batch_size", "replicas", "log_interval", "branch_stage", "teacher_count", "teacher_epochs")
-    counts += ("paraphraser_epochs", "search_epochs", "feed_stages")
-    counts += () if isinstance(config.students, str) else ("students",)
-    for name in counts:
+    for name in _COUNTS:
         value = getattr(config, name)
-        if value is not None and value < 1:
+        if isinstance(value, int) and value < 1:
             raise InputError(f"{_option(name)} must be at least 1, not {value}")
     _check_networks(config)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{_option(field.name)} must be a finite number, not {value}")
-    positive = ("lr", "transform_lr", "gamma", "temperature", "max_time", "alpha_lr", "factor_ratio")
-    positive += ("regularization_temperature",)
-    for name in positive:
+    for name in _POSITIVE:
         value = getattr(config, name)
         if value is not None and value <= 0:
             raise InputError(f"{_option(name)} must be positive, not {value}")
-    not_negative = ("momentum", "weight_decay", "fusion_weight_decay", "transform_weight_decay", "warmup_epochs")
-    not_negative += ("rampup_epochs", "lambda_diversity", "lambda_fusion", "lambda_self_distillation")
-    not_negative += ("at_weight", "factor_weight", "dfa_weight", "gamma_st", "gamma_ts", "alpha_weight_decay")
-    not_negative += ("response_weight", "peer_weight", "attention_weight")
-    for name in (*not_negative, "kl_target_epsilon", "checkpoint_minutes", "seed", "val_seed"):
+    for name in _NOT_NEGATIVE:
         value = getattr(config, name)
         if value is not None and value < 0:
             raise InputError(f"{_option(name)} must not be negative, not {value}")
@@ -209,6 +247,8 @@ def check(config: TrainConfig) -> None:
                 raise unknown_name(_option(name), given, known)
     if config.milestones is not None and list(config.milestones) != sorted(config.milestones):
         raise InputError(f"--milestones must be in order, not {' '.join(map(str, config.milestones))}")
+    if config.clip_norm is not None and config.replicas > 1:
+        raise InputError("--clip-norm is of one run's gradients, not of --replicas: train the seeds one after another")
 
 
 # Fields that belong to a family of networks.
@@ -220,7 +260,7 @@ def adapted(
 ) -> TrainConfig:
     """A recipe's configuration for another method or networks: what belongs to the recipe's own is unset."""
     if method is not None and method != config.method:
-        own = dict.fromkeys((*METHOD_FIELDS, *TEACHER_FIELDS, "students", "leader")) | {"teachers": ()}
+        own: dict[str, Any] = dict.fromkeys((*METHOD_FIELDS, *TEACHER_FIELDS, "students", "leader")) | {"teachers": ()}
         config = dataclasses.replace(config, method=method, **own)
     if students is not None and not students.isdecimal():
         # The names of networks take the place of --model; given together they are an error.
@@ -228,7 +268,8 @@ def adapted(
     if model is not None and model != config.model:
         config = dataclasses.replace(config, model=model, taps=())
         if not model.startswith("wrn"):
-            config = dataclasses.replace(config, **dict.fromkeys(WRN_FIELDS))
+            unset: dict[str, Any] = dict.fromkeys(WRN_FIELDS)
+            config = dataclasses.replace(config, **unset)
     return config
 
 
@@ -264,8 +305,8 @@ def from_plain(values: dict[str, Any]) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown := sorted(set(values) - known):
         raise unknown_name("configuration field", unknown[0], known)
-    converted = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    paths = ("data_root", "data_path", "out", "aggregation_file")
+    converted: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    paths = ("data_root", "data_path", "data_cache", "out", "aggregation_file")
     return {name: Path(v) if name in paths and v is not None else v for name, v in converted.items()}
 
 

@@ -28,6 +28,23 @@ class CompareOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReportOptions:
+    """Runs as one HTML page that needs nothing else, with its figures as PNGs beside it (pip install 'fastfuse[plot]').
+
+    Finished runs that differ in nothing but the seed are one curve; a run that goes on counts as far as it is.
+
+    fastfuse report runs/a
+
+    fastfuse report runs/ffsd-seed0 runs/ffsd-seed1 runs/independent --html ffsd.html
+    """
+
+    html: Path | None = None
+    """The page (default: RUN/report/report.html of the first run); its PNGs lie beside it."""
+    quiet: bool = False
+    """Print nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ExportOptions:
     """One trained network of a run as a file of its own, checked against the run, with a model card beside it."""
 

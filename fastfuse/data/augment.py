@@ -1,13 +1,14 @@
 """Batches of one epoch. All its randomness is drawn at once from (seed, epoch), so any step can be resumed at."""
 
 import hashlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastfuse import functional
 from fastfuse.data.dataset import Dataset, Split
+from fastfuse.data.share import Share
 from fastfuse.errors import InputError
 
 
@@ -28,7 +29,7 @@ def epoch_plan(n: int, *, seed: int, epoch: int, padding: int, flip: bool, devic
     The same pair gives the same plan on the same kind of device; CPU and GPU generators differ. Without `flip` the
     mirrors are all off, and the other draws are the same.
     """
-    generator = torch.Generator(device=device).manual_seed(_mixed_seed(seed, epoch))
+    generator = torch.Generator(device=device).manual_seed(mixed_seed(seed, epoch))
     order = torch.randperm(n, generator=generator, device=device)
     offsets = torch.randint(0, 2 * padding + 1, (n, 2), generator=generator, device=device)
     if flip:
@@ -42,6 +43,28 @@ def steps_per_epoch(n: int, batch_size: int) -> int:
     """Number of batches that show `n` images once, the last one possibly smaller."""
     _check_batch_size(batch_size)
     return -(-n // batch_size)
+
+
+def drawn_batches(n: int, *, seed: int, batch_size: int, replicas: int, parts: int, **form: Any) -> EpochPlan:
+    """The draws of `TrainingBatches` for an epoch: [R, shown] and [R, shown, 2]; `form` is that of `epoch_plan`."""
+    plans = [epoch_plan(n, seed=seed + r, **form) for r in range(replicas)]
+    if parts > 1:
+        plans = [_divided(plan, seed=seed + r, batch_size=batch_size, parts=parts) for r, plan in enumerate(plans)]
+    return EpochPlan(*(torch.stack(rows) for rows in zip(*plans, strict=True)))
+
+
+def _divided(plan: EpochPlan, *, seed: int, batch_size: int, parts: int) -> EpochPlan:
+    """The same draws, with the order such that every batch is one of equally many images of each part."""
+    n, device, each = len(plan.order), plan.order.device, batch_size // parts
+    shown = n // parts * parts
+    # Epochs count from 0: no epoch draws from this seed.
+    generator = torch.Generator(device=device).manual_seed(mixed_seed(seed, -1))
+    part = torch.randperm(n, generator=generator, device=device) // (n // parts)  # left over: part P
+    order = plan.order[part[plan.order].argsort(stable=True)][:shown].view(parts, -1)
+    whole = order.shape[1] // each * each
+    batches = order[:, :whole].unflatten(1, (-1, each)).transpose(0, 1).flatten()
+    order = torch.cat((batches, order[:, whole:].flatten()))
+    return EpochPlan(order, plan.offsets[:shown], plan.flips[:shown])
 
 
 class TrainingBatches:
@@ -58,6 +81,8 @@ class TrainingBatches:
         parts: P, equal parts into which the seed divides the training images for good; every batch takes as many images
             from each, those of the first part first. What is left over by the division, fewer than P images, is not
             shown. For searches that train two things on images of their own.
+        share: of several processes that train together, this one's rows of every batch, of each part as many: only
+            those are gathered and augmented. The draws are the whole batch's.
         dtype: of the images.
         memory_format: of the images.
 
@@ -76,10 +101,12 @@ class TrainingBatches:
         batch_size: int,
         replicas: int = 1,
         parts: int = 1,
+        share: Share = Share(),  # noqa: B008 - frozen
         dtype: torch.dtype = torch.float32,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
-        _check_parts(parts, batch_size, len(dataset.train))
+        self.share = share
+        check_parts(parts, batch_size, len(dataset.train))
         self._shown = len(dataset.train) // parts * parts
         self.steps = steps_per_epoch(self._shown, batch_size)
         self.dataset, self.batch_size, self.replicas, self.parts = dataset, batch_size, replicas, parts
@@ -107,43 +134,39 @@ class TrainingBatches:
         """Images in batch number `step` of an epoch."""
         return min(self.batch_size, self._shown - step * self.batch_size)
 
+    def fetch(self, step: int) -> None:
+        """Called by the host before each batch is drawn: these lie on the device already."""
+
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
         """The next batch: images [count, 3, H, W] and labels int64 [count]; of replicas [count, R 3, H, W], [R, count].
 
         Each image appears once in an epoch, but for what `parts` leave over, if `count` is what `self.count` gives for
-        the batch that is next.
+        the batch that is next. Of several processes, those of `Share.drawn`.
         """
-        rows = self._rows[:count] + self.step * self.batch_size
+        rows = self._own_rows(count) + self.step * self.batch_size
         order, offsets, flips = (x.index_select(1, rows).flatten(0, 1) for x in self._plan)
         self.step += 1
-        train, form = self.dataset.train, {"dtype": self.dtype, "memory_format": self.memory_format}
+        train = self.dataset.train
+        form: dict[str, Any] = {"dtype": self.dtype, "memory_format": self.memory_format}
         mean, std, padding = self.dataset.mean, self.dataset.std, self.dataset.padding
         images = functional.augment(train.images, order, offsets, flips, mean=mean, std=std, padding=padding, **form)
         labels = train.labels.index_select(0, order)
         if self.replicas == 1:
             return images, labels
-        side_by_side = images.unflatten(0, (self.replicas, count)).transpose(0, 1).flatten(1, 2)
-        return side_by_side.contiguous(memory_format=self.memory_format), labels.view(self.replicas, count)
+        side_by_side = images.unflatten(0, (self.replicas, len(rows))).transpose(0, 1).flatten(1, 2)
+        return side_by_side.contiguous(memory_format=self.memory_format), labels.view(self.replicas, len(rows))
+
+    def _own_rows(self, count: int) -> Tensor:
+        if self.share.processes == 1:
+            return self._rows[:count]
+        each = self._rows[:count].view(self.parts, count // self.parts)
+        return each[:, self.share.drawn(count // self.parts)].flatten()
 
     def _drawn(self, *, seed: int, epoch: int) -> EpochPlan:
         train, padding, flip = self.dataset.train, self.dataset.padding, self.dataset.flip
-        form = {"epoch": epoch, "padding": padding, "flip": flip, "device": train.images.device}
-        plans = [epoch_plan(len(train), seed=seed + r, **form) for r in range(self.replicas)]
-        if self.parts > 1:
-            plans = [self._divided(plan, seed=seed + r) for r, plan in enumerate(plans)]
-        return EpochPlan(*(torch.stack(rows) for rows in zip(*plans, strict=True)))
-
-    def _divided(self, plan: EpochPlan, *, seed: int) -> EpochPlan:
-        """The same draws, with the order such that every batch is one of equally many images of each part."""
-        n, device, each = len(plan.order), plan.order.device, self.batch_size // self.parts
-        # Epochs count from 0: no epoch draws from this seed.
-        generator = torch.Generator(device=device).manual_seed(_mixed_seed(seed, -1))
-        part = torch.randperm(n, generator=generator, device=device) // (n // self.parts)  # left over: part P
-        order = plan.order[part[plan.order].argsort(stable=True)][: self._shown].view(self.parts, -1)
-        whole = order.shape[1] // each * each
-        batches = order[:, :whole].unflatten(1, (-1, each)).transpose(0, 1).flatten()
-        order = torch.cat((batches, order[:, whole:].flatten()))
-        return EpochPlan(order, plan.offsets[: self._shown], plan.flips[: self._shown])
+        form: dict[str, Any] = {"epoch": epoch, "padding": padding, "flip": flip, "device": train.images.device}
+        batches = {"batch_size": self.batch_size, "replicas": self.replicas, "parts": self.parts}
+        return drawn_batches(len(train), seed=seed, **batches, **form)
 
 
 class EvaluationBatches:
@@ -176,13 +199,16 @@ class EvaluationBatches:
         steps = steps_per_epoch(len(split), batch_size)
         self.counts = [min(batch_size, len(split) - step * batch_size) for step in range(steps)]
         self.split = split
-        self._form = {"mean": mean, "std": std, "dtype": dtype, "memory_format": memory_format}
+        self._form: dict[str, Any] = {"mean": mean, "std": std, "dtype": dtype, "memory_format": memory_format}
         self._next = torch.zeros((), dtype=torch.int64, device=split.labels.device)
         self._rows = torch.arange(batch_size, device=split.labels.device)
 
     def start(self) -> None:
         """Stand before the first batch."""
         self._next.zero_()
+
+    def fetch(self, step: int) -> None:
+        """See `TrainingBatches.fetch`."""
 
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
         """The next `count` images [count, 3, H, W] and their labels int64 [count]."""
@@ -201,7 +227,8 @@ def _check_batch_size(batch_size: int) -> None:
         raise InputError(f"batch size must be at least 1, got {batch_size}: correct --batch-size")
 
 
-def _check_parts(parts: int, batch_size: int, n: int) -> None:
+def check_parts(parts: int, batch_size: int, n: int) -> None:
+    """Refuse parts into which `n` images or a batch cannot be divided."""
     _check_batch_size(batch_size)
     if not 1 <= parts <= n:
         raise InputError(f"{n} training images cannot be divided into {parts} parts: give 1 to {n}")
@@ -212,6 +239,6 @@ def _check_parts(parts: int, batch_size: int, n: int) -> None:
         )
 
 
-def _mixed_seed(seed: int, epoch: int) -> int:
+def mixed_seed(seed: int, epoch: int) -> int:
     """One 64-bit seed for the pair; a hash, since sums and shifts of the two would collide."""
     return int.from_bytes(hashlib.blake2b(f"{seed},{epoch}".encode(), digest_size=8).digest())

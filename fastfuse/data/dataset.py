@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import zlib
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,13 +21,33 @@ class Split:
     def __len__(self) -> int:
         return self.images.shape[0]
 
+    def part(self, rows: Tensor | slice) -> "Split":
+        """The images of a slice, or where a bool [N] is set."""
+        return Split(self.images[rows], self.labels[rows])
+
     def to(self, device: torch.device | str) -> "Split":
         """The same split with both tensors on `device`."""
         return Split(self.images.to(device), self.labels.to(device))
 
 
+class _AnySplit(Protocol):
+    """What a data set asks of its splits, which hold their images or know where they are."""
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    def __len__(self) -> int: ...
+
+    def part(self, rows: Tensor | slice) -> Self: ...
+
+    def to(self, device: torch.device | str) -> Self: ...
+
+
+S = TypeVar("S", bound=_AnySplit)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Dataset:
+class Dataset(Generic[S]):
     """Splits of one size of image, with the statistics and the augmentation that training applies to them.
 
     `mean` and `std` are float32 [3] in units where white is 1; `padding` (pixels on each side) and `flip` describe
@@ -34,9 +55,9 @@ class Dataset:
     """
 
     name: str
-    train: Split
-    test: Split
-    validation: Split | None
+    train: S
+    test: S
+    validation: S | None
     class_names: tuple[str, ...]
     mean: Tensor
     std: Tensor
@@ -51,17 +72,23 @@ class Dataset:
     @property
     def image_size(self) -> tuple[int, int]:
         """(height, width)."""
-        return tuple(self.train.images.shape[1:3])
+        train: Any = self.train  # a `Split`; other data sets have sizes of their own
+        height, width = train.images.shape[1:3]
+        return height, width
 
     def fingerprint(self) -> str:
         """Sizes and checksum of training and test split; the tensors must be on the CPU."""
         checksum = 0
-        for split in (self.train, self.test):
+        splits: tuple[Any, ...] = self.train, self.test  # each a `Split`, as for `image_size`
+        for split in splits:
             for x in (split.images, split.labels):
                 checksum = zlib.crc32(x.contiguous().numpy().data, checksum)
         return f"{len(self.train)}+{len(self.test)} images, crc {checksum:08x}"
 
-    def to(self, device: torch.device | str) -> "Dataset":
+    def close(self) -> None:
+        """End what works for it: nothing does for images that lie on the device."""
+
+    def to(self, device: torch.device | str) -> Self:
         """The same data set with every tensor on `device`."""
         return dataclasses.replace(
             self,
@@ -120,6 +147,6 @@ def split_validation(dataset: Dataset, *, fraction: float, seed: int) -> Dataset
         )
     return dataclasses.replace(
         dataset,
-        train=Split(train.images[~held_out], train.labels[~held_out]),
-        validation=Split(train.images[held_out], train.labels[held_out]),
+        train=train.part(~held_out),
+        validation=train.part(held_out),
     )

@@ -32,22 +32,15 @@ def load(*, root: str | Path | None = None, image_size: int | None = None) -> Da
         InputError: a folder that is missing or empty, classes that differ between splits, too many files that are no
             images, or torchvision, which reads them, cannot be imported.
     """
-    if root is None or image_size is None:
-        raise InputError("--data imagefolder needs --data-root, the folder of train/ and test/, and --image-size")
-    if image_size < 1:
-        raise InputError(f"--image-size must be at least 1, not {image_size}")
-    root = Path(root)
-    held_out = next((root / name for name in ("val", "valid") if (root / name).is_dir()), None)
-    test = root / "test" if (root / "test").is_dir() or held_out is None else held_out
+    root, image_size = checked(root, image_size)
     classes: list[str] = []
-    train_split = _read(root / "train", classes, image_size)
-    test_split = _read(test, classes, image_size)
-    mean, std = channel_statistics(train_split.images)
+    splits = {name: _read(folder, classes, image_size) for name, folder in folders(root).items()}
+    mean, std = channel_statistics(splits["train"].images)
     return Dataset(
         name="imagefolder",
-        train=train_split,
-        test=test_split,
-        validation=None if held_out in (None, test) else _read(held_out, classes, image_size),
+        train=splits["train"],
+        test=splits["test"],
+        validation=splits.get("validation"),
         class_names=tuple(classes),
         mean=mean,
         std=std,
@@ -56,9 +49,29 @@ def load(*, root: str | Path | None = None, image_size: int | None = None) -> Da
     )
 
 
+def checked(root: str | Path | None, image_size: int | None) -> tuple[Path, int]:
+    """What was given, unless it names no images."""
+    if root is None or image_size is None:
+        raise InputError("--data imagefolder needs --data-root, the folder of train/ and test/, and --image-size")
+    if image_size < 1:
+        raise InputError(f"--image-size must be at least 1, not {image_size}")
+    return Path(root), image_size
+
+
+def folders(root: Path) -> dict[str, Path]:
+    """The folders of `train`, `test` and, where there is one, `validation`."""
+    held_out = next((root / name for name in ("val", "valid") if (root / name).is_dir()), None)
+    test = root / "test" if (root / "test").is_dir() or held_out is None else held_out
+    found = {"train": root / "train", "test": test}
+    return found if held_out in (None, test) else found | {"validation": held_out}
+
+
 def _read(folder: Path, classes: list[str], image_size: int) -> Split:
     """The images of one split; the first split fills the empty list of classes."""
-    files, transform = _listed(folder, classes, image_size)
+    files = listed(folder, classes)
+    from torchvision import transforms
+
+    transform = transforms.Compose([transforms.Resize(image_size), transforms.CenterCrop(image_size)])
     with ThreadPoolExecutor() as pool:
         images = list(pool.map(lambda file: _decoded(file[0], transform), files))
     damaged = [path for (path, _), image in zip(files, images, strict=True) if image is None]
@@ -73,19 +86,23 @@ def _read(folder: Path, classes: list[str], image_size: int) -> Split:
     return Split(torch.stack([image for image, _ in whole]), torch.tensor([label for _, label in whole]))
 
 
-def _listed(folder: Path, classes: list[str], image_size: int) -> tuple[list[tuple[str, int]], Callable[[Any], Any]]:
-    """Files with their labels, sorted, and what brings an image to its size."""
+def listed(folder: Path, classes: list[str]) -> list[tuple[str, int]]:
+    """Paths of the images below a folder with their labels, sorted; an empty list of classes is filled.
+
+    Raises:
+        InputError: it is no folder of classes, has other classes than those given, or torchvision is not there.
+    """
     try:
-        from torchvision import transforms
-        from torchvision.datasets import folder as folders
+        from torchvision.datasets import folder as torchvision_folder
     except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
         raise InputError(
-            f"--data imagefolder needs torchvision, which cannot be imported ({error}): install the torchvision that "
+            f"image folders need torchvision, which cannot be imported ({error}): install the torchvision that "
             f"belongs to torch {torch.__version__}, or use --data npz"
         ) from error
     try:
-        found, numbers = folders.find_classes(folder)
-        files = folders.make_dataset(str(folder), numbers, extensions=folders.IMG_EXTENSIONS)
+        found, numbers = torchvision_folder.find_classes(folder)
+        known = torchvision_folder.IMG_EXTENSIONS
+        files = torchvision_folder.make_dataset(str(folder), numbers, extensions=known)
     except OSError as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{folder} cannot be read as a folder of classes: {reason}; check --data-root") from error
@@ -93,7 +110,7 @@ def _listed(folder: Path, classes: list[str], image_size: int) -> tuple[list[tup
         differing = ", ".join(sorted(set(found) ^ set(classes))[:_NAMED])
         raise InputError(f"{folder} has other classes than the training images ({differing}): give both the same")
     classes[:] = found
-    return files, transforms.Compose([transforms.Resize(image_size), transforms.CenterCrop(image_size)])
+    return files
 
 
 def _decoded(path: str, transform: Callable[[Any], Any]) -> Tensor | None:

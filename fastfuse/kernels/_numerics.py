@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastfuse.errors import InputError
+from fastfuse.kernels import _across
 
 
 class BatchNorm(NamedTuple):
@@ -18,6 +19,7 @@ class BatchNorm(NamedTuple):
         training: batch statistics (True) or running statistics (False).
         momentum: PyTorch's, running = (1 - momentum) running + momentum batch.
         eps: added to the variance.
+        across: batch statistics are those of all processes; None: of this one.
     """
 
     weight: Tensor
@@ -27,9 +29,12 @@ class BatchNorm(NamedTuple):
     training: bool
     momentum: float = 0.1
     eps: float = 1e-5
+    across: _across.Across | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Normalise [B, C, H, W]."""
+        if self.training and self.across is not None:
+            return _across.batch_norm(x, self)
         return torch.nn.functional.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
         )

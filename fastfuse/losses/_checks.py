@@ -71,8 +71,8 @@ def checked_sizes(
     """
     if sizes is None:
         return None
-    found = [tuple(size) if isinstance(size, Sequence) else (size, size) for size in sizes]
-    leads = tuple(leader_size) if isinstance(leader_size, Sequence) else (leader_size, leader_size)
+    found: list[Any] = [tuple(size) if isinstance(size, Sequence) else (size, size) for size in sizes]
+    leads: Any = tuple(leader_size) if isinstance(leader_size, Sequence) else (leader_size, leader_size)
     every = found if leader_size is None else [*found, leads]
     if any(len(size) != 2 or any(not isinstance(n, int) or n < 1 for n in size) for size in every):
         raise InputError(f"feature_sizes are (height, width) or one number for both, at least 1, not {list(sizes)}")
@@ -148,7 +148,7 @@ def checked_batch(
     for i, maps in enumerate(students):
         _check_grids(f"features[{i}]", maps, first, expected.sizes[i] if expected.sizes else None)
     leader = None
-    if leader_features is not None:
+    if leader_features is not None and expected.leader_channels is not None:
         leader = _maps("leader_features", leader_features, expected.leader_channels, expected.parameter)
         _check_grids("leader_features", leader, first, expected.goal)
     rows = list(logits)

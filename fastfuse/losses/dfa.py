@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,10 @@ class MarginDistance(nn.Module):
         count: N, the number of candidates.
     """
 
+    scale: Tensor
+    shift: Tensor
+    margins: Tensor
+
     def __init__(self, norms: Sequence[nn.BatchNorm2d] | None, *, channels: int, count: int) -> None:
         super().__init__()
         scale, shift, margins = torch.ones(count, channels), torch.zeros(count, channels), torch.zeros(count, channels)
@@ -105,14 +110,15 @@ def margin(norm: nn.BatchNorm2d) -> Tensor:
 
 def margin_distances(teacher: nn.Module) -> nn.ModuleList:
     """A `MarginDistance` for each group of a teacher with stages."""
-    norms, blocks = norms_behind(teacher), teacher.stage_blocks
+    staged: Any = teacher
+    norms, blocks = norms_behind(teacher), staged.stage_blocks
     return nn.ModuleList(
         MarginDistance(None if norms is None else norms[i], channels=channels, count=len(blocks[i]))
-        for i, channels in enumerate(teacher.feature_channels)
+        for i, channels in enumerate(staged.feature_channels)
     )
 
 
-def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def _affine(norm: Any) -> tuple[Tensor, Tensor]:
     """Scale and shift [C] that are a norm in evaluation."""
     scale = norm.weight.detach() / (norm.running_var + norm.eps).sqrt()
     return scale, norm.bias.detach() - norm.running_mean * scale

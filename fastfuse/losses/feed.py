@@ -1,13 +1,14 @@
 """The loss of Factor Transfer (Kim et al., arXiv 1802.04977) and FEED (Park and Kwak, arXiv 1909.10754)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from fastfuse import functional
 from fastfuse.errors import InputError
 
-FT_DEFAULTS = {"factor_weight": 500.0, "factor_ratio": 0.5, "translator_norm": False}
+FT_DEFAULTS: dict[str, Any] = {"factor_weight": 500.0, "factor_ratio": 0.5, "translator_norm": False}
 SEQUENTIAL_DEFAULTS = FT_DEFAULTS | {"factor_targets": "raw"}
 PARALLEL_DEFAULTS = SEQUENTIAL_DEFAULTS | {"teacher_reduction": "sum"}
 TARGETS = ("raw", "paraphrased")

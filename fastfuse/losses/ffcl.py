@@ -86,17 +86,24 @@ def positive_knowledge(logits: list[Tensor], labels: Tensor, temperature: float,
     "virtual": T^2 KL(softmax(log u / T) || softmax(z / T)), u the teacher's probabilities: equation 9 of Tf-KD.
     "published": 100 / K KL(softmax(u / T) || softmax(z)), what the program of Tf-KD computes.
     """
-    right, wrong = _CERTAINTY, (1 - _CERTAINTY) / max(logits[0].shape[1] - 1, 1)
+    classes = logits[0].shape[1]
+    right, wrong = _CERTAINTY, (1 - _CERTAINTY) / max(classes - 1, 1)
     if form == "published":
-        scores, temperature, scale = (right / temperature, wrong / temperature), 1.0, _MULTIPLIER / logits[0].shape[1]
+        scores, temperature, scale = (right / temperature, wrong / temperature), 1.0, _MULTIPLIER / classes
     else:
-        scores, scale = (math.log(right), math.log(wrong)), 1.0
-    # T^2 = 400 multiplies the rounding of log-probabilities, whose differences are small: these few numbers are worth
-    # float64, as the loss would otherwise be known to six digits.
-    rows = [row.double() for row in logits]
-    teacher = torch.full_like(rows[0], scores[1]).scatter(1, labels[:, None], scores[0])
-    learns_from = [*([len(rows)] for _ in rows), []]
-    found = functional.peer_kl_ce(
-        [*rows, teacher], labels, temperature=temperature, teachers=learns_from, backend="reference"
-    )
-    return (scale * found.divergence[:-1]).to(torch.promote_types(logits[0].dtype, torch.float32))
+        scores = (math.log(right) / temperature, math.log(wrong) / temperature)
+        scale = temperature**2
+    partition = math.exp(scores[0]) + (classes - 1) * math.exp(scores[1])
+    high, low = (math.exp(score) / partition for score in scores)
+    entropy = high * (scores[0] - math.log(partition)) + (classes - 1) * low * (scores[1] - math.log(partition))
+    stacked = torch.stack(list(logits))
+    rows = stacked.to(torch.promote_types(stacked.dtype, torch.float32)) / temperature
+    # T^2 = 400 multiplies the rounding of log-probabilities, which are all near -log K: only what differs from that is
+    # computed, the rest in Python's numbers. float64 instead is wrong under torch.compile on a CPU in PyTorch 2.11.
+    centred = rows - rows.mean(-1, keepdim=True)
+    above = torch.full_like(centred[0], low - 1 / classes).scatter(1, labels[:, None], high - 1 / classes)
+    if form == "published":
+        normaliser = torch.logsumexp(centred, -1) - math.log(classes)
+    else:
+        normaliser = torch.log1p(torch.expm1(centred).mean(-1))
+    return scale * ((entropy + math.log(classes)) - (above * centred).sum(-1) + normaliser).mean(-1)

@@ -1,7 +1,7 @@
 """The losses of FFSD (Li et al., arXiv 2103.14473), in the paper's order, as the published program computes them."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -43,8 +43,8 @@ def terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> tuple[d
     count = len(students)
     own = [maps[-1].detach() for maps in students]
     last = loss.brought_together(own)
-    leader, widened = batch.leader_features, None
-    if leader is None:
+    leader: list[Tensor] = batch.leader_features or []
+    if loss.trans_fusion is None or not leader:
         fused = loss.fusion(last)
     else:
         fused, widened = fuse_and_mirror(loss.fusion, last, loss.trans_fusion, [leader[-1]])
@@ -100,7 +100,7 @@ def at_size(target: Tensor, like: Tensor) -> Tensor:
     """A detached map at another's height and width: itself, means over windows, or positions repeated."""
     if target.shape[2:] == like.shape[2:]:
         return target
-    return nn.functional.adaptive_avg_pool2d(target, like.shape[2:])
+    return nn.functional.adaptive_avg_pool2d(target, (like.shape[2], like.shape[3]))
 
 
 class _AttentionPairs:
@@ -127,7 +127,8 @@ def _diversity(loss: "FusionLoss", maps: list[Tensor], references: list[Tensor])
     """Distances of students from the one before each, and that one's shifted maps where a transform wants them."""
     mode = loss.hyperparameters["diversity_mode"]
     if loss.transforms:
-        return functional.diversity(maps, references, mode=mode)
+        found: Any = functional.diversity(maps, references, mode=mode)
+        return found  # lists, as those given are
     return functional.diversity_loss(maps, references, mode=mode), []
 
 
@@ -135,12 +136,16 @@ def _sizes(maps: Sequence[Tensor]) -> list[tuple[int, int]]:
     return [(m.shape[2], m.shape[3]) for m in maps[:-1]]
 
 
+def _own_transforms(loss: "FusionLoss") -> Any:
+    return list(loss.transforms.values())
+
+
 def _targets(loss: "FusionLoss", batch: "Batch", deep: Sequence[Tensor]) -> dict[str, tuple[Tensor, ...]]:
     """Attention maps of what every transform makes of the deep map that is its own (the leader's comes last)."""
     if not loss.transforms:
         return {}
-    networks = [*batch.features[1:], batch.leader_features][: len(loss.transforms)]
-    transforms, sizes = list(loss.transforms.values()), [_sizes(maps) for maps in networks]
+    networks = [*batch.features[1:], batch.leader_features or []][: len(loss.transforms)]
+    transforms, sizes = _own_transforms(loss), [_sizes(maps) for maps in networks]
     made = transform_all(transforms, deep[: len(networks)], sizes=sizes, training=False, attention=True)
     return dict(zip(loss.transforms, made, strict=True))
 
@@ -148,10 +153,10 @@ def _targets(loss: "FusionLoss", batch: "Batch", deep: Sequence[Tensor]) -> dict
 def _transform_terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> dict[str, Tensor]:
     """Training of the transforms: each learns its own network's deep-to-shallow mapping from detached maps."""
     sources = [loss.transform_sources[name] for name in loss.transforms]
-    networks = [batch.leader_features if source == "leader" else batch.features[source] for source in sources]
-    networks = [[m.detach() for m in maps] for maps in networks]
+    given = [batch.features[source] if isinstance(source, int) else batch.leader_features or [] for source in sources]
+    networks = [[m.detach() for m in maps] for maps in given]
     made = transform_all(
-        list(loss.transforms.values()), [maps[-1] for maps in networks], sizes=[_sizes(maps) for maps in networks]
+        _own_transforms(loss), [maps[-1] for maps in networks], sizes=[_sizes(maps) for maps in networks]
     )
     inputs = [m for maps in made for m in maps]
     targets = [m for maps in networks for m in maps[:-1]]

@@ -159,13 +159,14 @@ class FusionLoss(nn.Module):
         check_networks(method, self.feature_channels, self.leader_channels)
 
         sizes = checked_sizes(feature_sizes, leader_size, len(self.feature_channels))
-        self.feature_sizes, self.fused_size = sizes or (None, None)
+        self.feature_sizes: list[tuple[int, int]] | None = sizes[0] if sizes else None
+        self.fused_size: tuple[int, int] | None = sizes[1] if sizes else None
         if sizes and method == "ffsd" and feature is not None:
             raise InputError(f"ffsd has no feature={feature!r} for last maps of several sizes: leave it out")
 
         last = [channels[-1] for channels in self.feature_channels]
         self.regressors = nn.ModuleDict()
-        if self.feature_sizes is not None:
+        if self.feature_sizes is not None and self.fused_size is not None:
             for i, (channels, size) in enumerate(zip(last, self.feature_sizes, strict=True)):
                 if size != self.fused_size:
                     self.regressors[f"student{i}"] = Regressor(channels, size, self.fused_size)

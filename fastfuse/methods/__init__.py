@@ -93,8 +93,8 @@ def build_method(
             raise InputError(f"{name} has no {role} that is trained beside its students: leave {given} out")
     options = _options_by_name(dict(model_options or {}), {*names, *filter(None, extra.values())})
 
-    def maker(own: str) -> Callable[[], nn.Module]:
-        tapped = {"taps": tuple(taps)} if taps and own == model else {}
+    def maker(own: Any) -> Callable[[], nn.Module]:
+        tapped: dict[str, Any] = {"taps": tuple(taps)} if taps and own == model else {}
         return partial(models.build, own, num_classes, **tapped, **options[own])
 
     if method.extra_network is not None:

@@ -51,6 +51,7 @@ class Method(nn.Module, ABC):
     image_parts: ClassVar[int] = 1
     deployed: ClassVar[str]
     defaults: ClassVar[Mapping[str, Any]] = {}
+    peers: Any  # the networks that run side by side, where a method has them
     loop_only: ClassVar[str] = "it holds no networks that read the images side by side"
 
     def forward(self, images: Tensor, labels: Tensor, progress: Tensor) -> MethodOutput:
@@ -65,7 +66,11 @@ class Method(nn.Module, ABC):
 
     def predict(self, images: Tensor) -> dict[str, Tensor]:
         """Logits [B, K] of every head by name, without the ensemble; call it in eval mode."""
-        return self.heads(self.outputs(images))
+        return self.heads(self.answers(images))
+
+    def answers(self, images: Tensor) -> Sequence[Any]:
+        """What `heads` reads: `outputs`, without what is a target alone."""
+        return self.outputs(images)
 
     @abstractmethod
     def outputs(self, images: Tensor) -> Sequence[Any]:

@@ -48,6 +48,8 @@ class DFA(Taught):
     name = "dfa"
     defaults = dfa.DEFAULTS
 
+    weights: Tensor
+
     def __init__(
         self,
         make_networks: Sequence[Callable[[], nn.Module]],
@@ -67,7 +69,8 @@ class DFA(Taught):
             if value not in known:
                 raise unknown_name(option, value, known)
         super().__init__(make_networks, num_classes, teachers=in_blocks(teachers))
-        student, teacher = self.peers[0], teachers[0]
+        student: Any = self.peers[0]
+        teacher: Any = teachers[0]
         check_groups(student, teacher)
         student.raw_taps = True  # as of the teacher's blocks: what its head makes of the last map is its own affair
         self.dfa_weight = dfa_weight
@@ -116,7 +119,8 @@ def in_blocks(teachers: Sequence[nn.Module]) -> list[nn.Module]:
 def check_groups(student: nn.Module, teacher: nn.Module) -> None:
     """Refuse a student without stages, or with another number of them than the teacher."""
     check_stages(student, "student")
-    theirs, own = (len(network.stage_modules) for network in (teacher, student))
+    both: tuple[Any, Any] = teacher, student
+    theirs, own = (len(network.stage_modules) for network in both)
     if theirs != own:
         raise InputError(
             f"the teacher has {theirs} groups of maps and the student {own}: choose networks of as many stages"

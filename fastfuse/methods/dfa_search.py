@@ -53,14 +53,16 @@ class Bridge(nn.Module):
     def __init__(self, student: nn.Module, stage: int, channels: int) -> None:
         super().__init__()
         self.student, self.stage = student, stage
-        own = student.feature_channels[stage - 1]
+        staged: Any = student
+        own = staged.feature_channels[stage - 1]
         self.from_student, self.from_teacher = Connector(own, channels), Connector(channels, own)
 
     def forward(self, images: Tensor, maps: Sequence[Tensor], weights: Tensor) -> Bridged:
         """Images [B, 3, H, W] and the teacher's maps of them to both paths."""
         target = self.from_student(front(self.student, images, self.stage))
         dfa.check_resolution(maps, target, self.stage - 1)
-        logits = self.student.resume(self.from_teacher(dfa.aggregate(maps, weights)), self.stage).logits
+        staged: Any = self.student
+        logits = staged.resume(self.from_teacher(dfa.aggregate(maps, weights)), self.stage).logits
         return Bridged(logits, target, maps, weights)
 
 
@@ -115,7 +117,9 @@ class DFASearch(Method):
         check_number("--alpha-weight-decay", alpha_weight_decay)
         self.gamma_st, self.gamma_ts = gamma_st, gamma_ts
         self.alpha_lr, self.alpha_weight_decay = alpha_lr, alpha_weight_decay
-        (make,), (teacher,) = make_networks, teachers
+        (make,) = make_networks
+        teacher: Any
+        (teacher,) = teachers
         self.teachers = Teachers(in_blocks(teachers))
         student = make()
         check_groups(student, teacher)
@@ -123,7 +127,7 @@ class DFASearch(Method):
         self.sizes = [len(paths) for paths in self.candidates]
         students = [student, *(make() for _ in self.sizes[1:])]
         channels = teacher.feature_channels
-        self.bridges = nn.ModuleList(Bridge(own, i + 1, channels[i]) for i, own in enumerate(students))
+        self.bridges: Any = nn.ModuleList(Bridge(own, i + 1, channels[i]) for i, own in enumerate(students))
         self.betas = nn.Parameter(torch.zeros(sum(self.sizes)))
 
     def alphas(self) -> list[Tensor]:
@@ -212,7 +216,7 @@ def _frozen(bridge: Bridge, images: Tensor, maps: Sequence[Tensor], weights: Ten
     return functional_call(bridge, state, (images, maps, weights))
 
 
-def _described(teacher: nn.Module) -> str:
+def _described(teacher: Any) -> str:
     blocks, channels = (
         "+".join(map(str, numbers)) for numbers in (map(len, teacher.stage_blocks), teacher.feature_channels)
     )

@@ -10,6 +10,7 @@ from fastfuse.losses import ParameterGroups, feed
 from fastfuse.losses._checks import check_number
 from fastfuse.methods.base import network_group
 from fastfuse.methods.taught import Taught, cross_entropy
+from fastfuse.models._blocks import last_channels
 from fastfuse.nn.factor import FactorNetwork, Paraphraser, Translators
 
 
@@ -56,8 +57,8 @@ class FactorTransfer(Taught):
             raise InputError("--factor-targets raw uses no paraphrasers: leave them out, or give paraphrased")
         super().__init__(make_networks, num_classes, teachers=teachers)
         self.factor_weight, self.teacher_reduction = factor_weight, teacher_reduction
-        widths = [teacher.feature_channels[-1] for teacher in teachers]
-        self.translators = Translators(self.peers[0].feature_channels[-1], widths, norm=translator_norm)
+        widths = [last_channels(teacher) for teacher in teachers]
+        self.translators = Translators(last_channels(self.peers[0]), widths, norm=translator_norm)
 
     def wanted(self, output: Any) -> Tensor:
         """See `Taught.wanted`."""
@@ -94,7 +95,7 @@ def paraphrased(
         )
     found: list[nn.Module] = []
     for i, (teacher, state) in enumerate(zip(teachers, states, strict=True)):
-        channels = teacher.feature_channels[-1]
+        channels = last_channels(teacher)
         module = Paraphraser(channels, feed.factor_width(channels, factor_ratio))
         try:
             module.load_state_dict(state, strict=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastfuse.losses import FusionLoss, ParameterGroups, ffcl
 from fastfuse.methods.base import Method, MethodOutput, check_students, network_group
+from fastfuse.models._blocks import last_channels
 from fastfuse.models.sizes import last_map_sizes
 from fastfuse.nn import Networks
 
@@ -50,7 +51,7 @@ class FFCL(Method):
         check_students(type(self), len(make_networks))
         networks = [make() for make in (*make_networks, teacher or make_networks[0])]
         self.peers = Networks(networks)
-        channels = [network.feature_channels[-1] for network in networks]
+        channels = [last_channels(network) for network in networks]
         sizes = None if image_size is None else last_map_sizes(networks, image_size)
         self.criterion = FusionLoss(channels, num_classes, method="ffcl", feature_sizes=sizes, **hyperparameters)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastfuse.errors import InputError, unknown_name
 from fastfuse.losses import FusionLoss, ParameterGroups, ffl
 from fastfuse.methods.base import Method, MethodOutput, check_students, network_group
+from fastfuse.models._blocks import last_channels
 from fastfuse.models.branching import Branched
 from fastfuse.models.sizes import last_map_sizes
 from fastfuse.nn import Networks
@@ -60,7 +61,7 @@ class FFL(Method):
         if sharing == "separate" and branch_stage is not None:
             raise InputError("--branch-stage is where a shared trunk ends: leave it out with --sharing separate")
         networks = [make() for make in make_networks]
-        channels = [network.feature_channels[-1] for network in networks]
+        channels = [last_channels(network) for network in networks]
         sizes = None
         if sharing == "shared":
             self.network = Branched(networks, stage=branch_stage)

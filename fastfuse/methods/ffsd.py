@@ -46,8 +46,9 @@ class FFSD(Method):
     ) -> None:
         super().__init__()
         self.peers = Networks(make() for make in (*make_networks, leader or make_networks[0]))
-        *students, leads = (network.feature_channels for network in self.peers)
-        sizes = {}
+        tapped: list[Any] = list(self.peers)
+        *students, leads = (network.feature_channels for network in tapped)
+        sizes: dict[str, Any] = {}
         if image_size is not None:
             *own, its = last_map_sizes(self.peers, image_size)
             sizes = {"feature_sizes": own, "leader_size": its}

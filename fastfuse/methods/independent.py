@@ -45,7 +45,7 @@ class Independent(Method):
 
     def terms(self, logits: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
         """The loss terms of one batch."""
-        without_teachers = [[] for _ in logits]
+        without_teachers: list[list[int]] = [[] for _ in logits]
         cross_entropy, _, _ = functional.peer_kl_ce(
             list(logits.values()), labels, temperature=1.0, teachers=without_teachers
         )

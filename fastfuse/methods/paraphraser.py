@@ -10,6 +10,7 @@ from fastfuse.losses import ParameterGroups, feed
 from fastfuse.losses._checks import check_number
 from fastfuse.methods.base import Method, MethodOutput, check_students, network_group
 from fastfuse.methods.taught import check_teachers
+from fastfuse.models._blocks import last_channels
 from fastfuse.nn.factor import Paraphraser
 from fastfuse.nn.teachers import Teachers
 
@@ -49,7 +50,7 @@ class ParaphraserTraining(Method):
         check_teachers(type(self), len(teachers), 1)
         check_number("--factor-ratio", factor_ratio, positive=True)
         self.teachers = Teachers(teachers)
-        channels = teachers[0].feature_channels[-1]
+        channels = last_channels(teachers[0])
         self.paraphraser = Paraphraser(channels, feed.factor_width(channels, factor_ratio))
 
     def outputs(self, images: Tensor) -> Sequence[Any]:

@@ -25,11 +25,10 @@ class Replicas(Method):
 
     def __init__(self, methods: Sequence[Method], names: Sequence[str]) -> None:
         super().__init__()
-        self.methods = nn.ModuleList(methods)
+        self.methods: Any = nn.ModuleList(methods)
         self.names = list(names)
-        self.name, self.minimum_students, self.deployed, self.image_parts = (
-            getattr(methods[0], attribute) for attribute in ("name", "minimum_students", "deployed", "image_parts")
-        )
+        for attribute in ("name", "minimum_students", "deployed", "image_parts"):
+            setattr(self, attribute, getattr(methods[0], attribute))
 
     def arrange(self, strategy: str) -> str:
         """See `Method.arrange`."""
@@ -37,7 +36,7 @@ class Replicas(Method):
             return self.peers.arrange(strategy, replicas=len(self.methods))
         for method in self.methods:
             method.arrange_teachers(strategy)
-        own = [getattr(method, "peers", None) for method in self.methods]
+        own: list[Any] = [getattr(method, "peers", None) for method in self.methods]
         if not all(isinstance(peers, Networks) for peers in own):
             return self.methods[0].arrange(strategy)
         peers = Networks(network for networks in own for network in networks)
@@ -57,7 +56,9 @@ class Replicas(Method):
 
     def losses(self, outputs: Sequence[Any], labels: Tensor, progress: Tensor) -> MethodOutput:
         """See `Method.losses`; labels [R, B]. The loss is the sum of the replicas', of which each is a term."""
-        logits, terms, total = {}, {}, []
+        logits: dict[str, Tensor] = {}
+        terms: dict[str, Tensor] = {}
+        total = []
         for name, method, own, its_labels in zip(self.names, self.methods, outputs, labels.unbind(0), strict=True):
             found = method.losses(own, its_labels, progress)
             total.append(found.loss)
@@ -66,12 +67,11 @@ class Replicas(Method):
             terms |= {f"{name}/{term}": value for term, value in found.terms.items()}
         return MethodOutput(torch.stack(total).sum(), logits, terms)
 
-    def predict(self, images: Tensor) -> dict[str, Tensor]:
-        """See `Method.predict`; every replica sees the same images [B, 3, H, W]."""
+    def answers(self, images: Tensor) -> Sequence[Any]:
+        """See `Method.answers`; every replica sees the same images [B, 3, H, W]."""
         side_by_side = images.repeat(1, len(self.methods), 1, 1)
         # No head is a teacher where there are networks side by side.
-        given = self._peers_of_each(side_by_side) if hasattr(self, "peers") else self.outputs(side_by_side)
-        return self.heads(given)
+        return self._peers_of_each(side_by_side) if hasattr(self, "peers") else self.outputs(side_by_side)
 
     def _peers_of_each(self, images: Tensor) -> list[list[Any]]:
         found = self.peers(images)
@@ -128,7 +128,7 @@ class Replicas(Method):
 
     def own(self, replica: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """What belongs to one replica in a mapping by parameter, such as a state dict, by the names of a single run."""
-        share = getattr(self.methods[replica], "peers", None)
+        share: Any = getattr(self.methods[replica], "peers", None)
         found = {}
         for name, value in values.items():
             start, _, rest = name.partition(".")

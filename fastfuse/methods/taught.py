@@ -66,9 +66,9 @@ class Taught(Method):
         targets = self.targets(images)
         return [*self.peers(images), *targets]
 
-    def predict(self, images: Tensor) -> dict[str, Tensor]:
-        """See `Method.predict`; the teachers are not asked."""
-        return self.heads(self.peers(images))
+    def answers(self, images: Tensor) -> Sequence[Any]:
+        """See `Method.answers`; the teachers are not asked."""
+        return self.peers(images)
 
     def losses(self, outputs: Sequence[Any], labels: Tensor, progress: Tensor) -> MethodOutput:
         """See `Method.losses`."""

@@ -1,6 +1,6 @@
 """What the networks share: their output type, their stages, initialisation and pooling."""
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ class Staged(nn.Module):
     stage_modules: ClassVar[tuple[tuple[str, ...], ...]]
     feature_channels: tuple[int, ...]
     raw_taps: bool = False
+    fc: nn.Module
 
     def forward(self, images: Tensor) -> NetworkOutput:
         """[B, 3, H, W] to logits [B, K] and the tapped maps, shallow to deep."""
@@ -70,7 +71,8 @@ class Staged(nn.Module):
     def stage_blocks(self) -> tuple[tuple[str, ...], ...]:
         """Per tapped stage the paths of the blocks that give maps of its resolution and width; the last is its end."""
         return tuple(
-            tuple(f"{names[-1]}.{i}" for i in range(len(self.get_submodule(names[-1])))) for names in self.stage_modules
+            tuple(f"{names[-1]}.{i}" for i, _ in enumerate(self.get_submodule(names[-1]).children()))
+            for names in self.stage_modules
         )
 
 
@@ -91,6 +93,12 @@ def initialise(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+
+
+def last_channels(network: nn.Module) -> int:
+    """C of the last map that a network taps, which has `feature_channels`."""
+    tapped: Any = network
+    return tapped.feature_channels[-1]
 
 
 def pooled(feature: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Sub-networks on a shared trunk: the first stages once, the remaining stages and the head once per branch."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -32,7 +33,7 @@ class Branched(nn.Module):
         networks = list(networks)
         if not networks:
             raise InputError("branches are made of at least one network, and none is given")
-        first = networks[0]
+        first: Any = networks[0]
         check_stages(first, type(first).__name__)
         stages = first.stage_modules
         self.stage = len(stages) - 1 if stage is None else stage
@@ -61,7 +62,8 @@ class Branched(nn.Module):
             for name in names:
                 x = self.trunk[name](x)
             shared.append(x)
-        rest = [branch.resume(x, self.stage) for branch in self.branches]
+        branches: Any = self.branches
+        rest = [branch.resume(x, self.stage) for branch in branches]
         return [NetworkOutput(logits, (*shared, *features)) for logits, features in rest]
 
     def plain_state_dict(self, branch: int) -> dict[str, Tensor]:

@@ -91,7 +91,7 @@ class Extracted(Wrapper):
             maps = [self._notes.one(path) for path in self.paths]
         finally:
             self._notes.end()
-        features = tuple(maps) if self.names is None else dict(zip(self.names, maps, strict=True))
+        features: Any = tuple(maps) if self.names is None else dict(zip(self.names, maps, strict=True))
         return NetworkOutput(output, features)
 
 

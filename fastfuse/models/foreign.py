@@ -69,7 +69,7 @@ def pretrained(name: str, num_classes: int) -> nn.Module:
 
             weights = _torchvision_models(name).get_model_weights(own).DEFAULT
             classes = len(weights.meta["categories"])
-            network = maker(weights=weights, num_classes=classes) if classes == num_classes else None
+            network: Any = maker(weights=weights, num_classes=classes) if classes == num_classes else None
         else:
             import timm
 
@@ -112,7 +112,7 @@ def tapped(network: nn.Module, name: str, num_classes: int) -> nn.Module:
     taps = [tap for tap in training if tap in evaluation]
     if not taps:
         raise InputError(f"{name} makes no maps [B, C, H, W] of more than one position; choose a convolutional network")
-    made = Intermediates(network, taps) if find is _intermediate_maps else extract(network, taps)
+    made: Any = Intermediates(network, taps) if find is _intermediate_maps else extract(network, taps)
     made.feature_channels = tuple(training[tap][0] for tap in taps)
     return made
 
@@ -129,7 +129,7 @@ def tapped_at(network: nn.Module, name: str, taps: Sequence[str]) -> nn.Module:
         InputError: a layer that does not exist or cannot be tapped, or gives no map [B, C, H, W].
     """
     own = network.network if isinstance(network, Wrapper) else network
-    made = Tapped(own, None, checked_taps(own, taps))
+    made: Any = Tapped(own, None, checked_taps(own, taps))
 
     def shapes(blank: Tapped, images: Tensor) -> list[torch.Size]:
         with torch.no_grad():
@@ -169,11 +169,12 @@ class Intermediates(Wrapper):
 
     def forward(self, images: Tensor) -> NetworkOutput:
         """[B, 3, H, W] to logits [B, K] and the maps."""
-        last, maps = self.network.forward_intermediates(images, indices=self.indices)
-        return NetworkOutput(self.network.forward_head(last), tuple(maps))
+        network: Any = self.network
+        last, maps = network.forward_intermediates(images, indices=self.indices)
+        return NetworkOutput(network.forward_head(last), tuple(maps))
 
 
-def _intermediate_maps(network: nn.Module, images: Tensor) -> tuple[Tensor, dict[int, tuple[int, int, int]]]:
+def _intermediate_maps(network: Any, images: Tensor) -> tuple[Tensor, dict[int, tuple[int, int, int]]]:
     """As `last_maps`, of a network of timm: the logits and the last of its maps of each resolution, by index."""
     with torch.no_grad():
         last, maps = network.forward_intermediates(images)

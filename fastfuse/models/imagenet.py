@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastfuse.errors import InputError
 from fastfuse.models._blocks import Staged
@@ -25,6 +25,8 @@ class ImageNetResNet(Staged):
 
     feature_channels = (64, 128, 256, 512)
     stage_modules = (("conv1", "bn1", "relu", "maxpool", "layer1"), ("layer2",), ("layer3",), ("layer4",))
+
+    avgpool: nn.Module
 
     def __init__(self, name: str, num_classes: int) -> None:
         super().__init__()

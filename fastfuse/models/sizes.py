@@ -19,8 +19,8 @@ def last_map_sizes(networks: Iterable[nn.Module], image_size: int | tuple[int, i
     Raises:
         InputError: a network that does not run on such images.
     """
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    return [_last_size(network, size) for network in networks]
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return [_last_size(network, (height, width)) for network in networks]
 
 
 def _last_size(network: nn.Module, size: tuple[int, int]) -> tuple[int, int]:

@@ -1,9 +1,11 @@
 """Networks of stages in parts: the maps of all their blocks, their first stages, and the norms behind the blocks."""
 
+from typing import Any, cast
+
 from torch import Tensor, nn
 
 from fastfuse.errors import InputError
-from fastfuse.models._blocks import NetworkOutput
+from fastfuse.models._blocks import NetworkOutput, Staged
 from fastfuse.models.densenet import DenseNet
 from fastfuse.models.extract import Wrapper
 from fastfuse.models.wide_resnet import WideResNet
@@ -23,11 +25,13 @@ class BlockMaps(Wrapper):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__(network)
-        self.paths = [path for stage in network.stage_blocks for path in stage]
+        staged: Any = network
+        self.paths = [path for stage in staged.stage_blocks for path in stage]
 
     def forward(self, images: Tensor) -> NetworkOutput:
         """[B, 3, H, W] to logits [B, K] and the maps, shallow to deep."""
-        network, x, maps = self.network, images, []
+        network: Any = self.network
+        x, maps = images, []
         for *stem, stage in network.stage_modules:
             for name in stem:
                 x = getattr(network, name)(x)
@@ -40,8 +44,8 @@ class BlockMaps(Wrapper):
 
 def front(network: nn.Module, images: Tensor, stages: int) -> Tensor:
     """What the last block of stage number `stages` gives: `network.resume(front(network, x, i), i)` is the rest."""
-    x = images
-    for names in network.stage_modules[:stages]:
+    x, staged = images, cast(Staged, network)
+    for names in staged.stage_modules[:stages]:
         for name in names:
             x = getattr(network, name)(x)
     return x
@@ -56,7 +60,7 @@ def norms_behind(network: nn.Module) -> list[list[nn.BatchNorm2d]] | None:
         return [[network.trans1.bn1], [network.trans2.bn1], [network.bn]]
     if not isinstance(network, WideResNet):
         return None
-    blocks = [network.get_submodule(path) for stage in network.stage_blocks for path in stage]
+    blocks: list[Any] = [network.get_submodule(path) for stage in network.stage_blocks for path in stage]
     norms = iter([*(block.bn1 for block in blocks[1:]), network.bn1])
     return [[next(norms) for _ in stage] for stage in network.stage_blocks]
 

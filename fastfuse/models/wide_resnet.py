@@ -1,5 +1,7 @@
 """Wide ResNet for small images (Zagoruyko and Komodakis, 2016) with the variations of the published FFSD networks."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from fastfuse.errors import InputError
@@ -71,7 +73,7 @@ class WideResNet(Staged):
         if shortcut_input not in ("raw", "activated"):
             raise InputError(f"shortcut_input is 'raw' or 'activated', not {shortcut_input!r}")
         blocks = (depth - 4) // 6
-        options = {"conv_bias": conv_bias, "stride_on": stride_on, "shortcut_input": shortcut_input}
+        options: dict[str, Any] = {"conv_bias": conv_bias, "stride_on": stride_on, "shortcut_input": shortcut_input}
         self.feature_channels = (16 * width, 32 * width, 64 * width)
 
         def stage(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:

@@ -1,14 +1,15 @@
 """A batch norm as the operators take it."""
 
+from typing import Any
+
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastfuse.errors import InputError
 from fastfuse.functional import BatchNorm
 
 
-def batch_norm(
-    norm: nn.BatchNorm2d, *, training: bool | None = None, counters: list[Tensor] | None = None
-) -> BatchNorm:
+def batch_norm(norm: _BatchNorm, *, training: bool | None = None, counters: list[Tensor] | None = None) -> BatchNorm:
     """The parameters of a norm; counts the batch in training mode, as the norm's own forward would.
 
     Args:
@@ -27,10 +28,11 @@ def batch_norm(
     if norm.momentum is None:
         raise InputError("momentum=None, a cumulative average, would wait for the device; give the norm a number")
     training = norm.training if training is None else training
+    held: Any = norm  # of which nothing is None, as was just looked at
     if training and counters is None:
-        norm.num_batches_tracked.add_(1)
-    elif training:
-        counters.append(norm.num_batches_tracked)
-    return BatchNorm(
-        norm.weight, norm.bias, norm.running_mean, norm.running_var, training, float(norm.momentum), norm.eps
-    )
+        held.num_batches_tracked.add_(1)
+    elif training and counters is not None:
+        counters.append(held.num_batches_tracked)
+    statistics = held.running_mean, held.running_var
+    across = getattr(norm, "across", None)  # see sync_norm
+    return BatchNorm(norm.weight, norm.bias, *statistics, training, float(norm.momentum), norm.eps, across)

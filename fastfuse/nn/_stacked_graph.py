@@ -85,7 +85,7 @@ def kinds_of(traced: fx.GraphModule) -> dict[fx.Node, Any]:
 
 def operation(node: fx.Node, traced: fx.GraphModule) -> Any:
     """The class of the layer that a node calls, or its function, or its method's name."""
-    return type(traced.get_submodule(node.target)) if node.op == "call_module" else node.target
+    return type(traced.get_submodule(str(node.target))) if node.op == "call_module" else node.target
 
 
 def _is_named_tuple(node: fx.Node) -> bool:
@@ -93,7 +93,8 @@ def _is_named_tuple(node: fx.Node) -> bool:
 
 
 def _contents(node: fx.Node) -> Any:
-    return node.args[0] if node.op == "output" else node.target(*node.args, **node.kwargs)
+    called: Any = node.target
+    return node.args[0] if node.op == "output" else called(*node.args, **node.kwargs)
 
 
 def _kind(node: fx.Node, done: Any, kinds: dict[fx.Node, Any]) -> str:
@@ -118,7 +119,8 @@ def _kind(node: fx.Node, done: Any, kinds: dict[fx.Node, Any]) -> str:
 
 def _why_not(node: fx.Node, done: Any, kind: str) -> str | None:
     """What the configuration of a call stands in the way of."""
-    layer = node.graph.owning_module.get_submodule(node.target) if node.op == "call_module" else None
+    owner: Any = node.graph.owning_module
+    layer: Any = owner.get_submodule(node.target) if node.op == "call_module" else None
     if done is nn.Conv2d and kind == IMAGES and layer.groups != 1:
         return "it reads the images, where a grouped convolution of several networks is not one convolution"
     if done is nn.Dropout and layer.p > 0:
@@ -149,7 +151,8 @@ def fuse_norms(traced: fx.GraphModule) -> None:
             if not _is_norm(norm, traced) or len(norm.users) != 1 or calls[norm.target] != 1:
                 continue
             residual = next((x for x in candidates if x is not norm), None)
-            if _changed_between(norm, relu, [norm.args[0], *([residual] if residual else [])], traced):
+            read: list[Any] = [norm.args[0], *([residual] if residual else [])]
+            if _changed_between(norm, relu, read, traced):
                 continue
             _replace(traced.graph, norm, relu, [relu, last] if is_sum else [relu], residual)
             break
@@ -158,7 +161,7 @@ def fuse_norms(traced: fx.GraphModule) -> None:
 
 def _operands(total: fx.Node) -> list[fx.Node]:
     """Both terms of a plain sum of two different values."""
-    given = list(total.args)
+    given: list[Any] = list(total.args)
     plain = len(given) == 2 and not total.kwargs and len(total.all_input_nodes) == 2
     return given if plain else []
 
@@ -178,7 +181,7 @@ def _changed_between(first: fx.Node, last: fx.Node, values: list[fx.Node], trace
     return False
 
 
-def _memory(node: fx.Node, traced: fx.GraphModule) -> fx.Node:
+def _memory(node: Any, traced: fx.GraphModule) -> fx.Node:
     """The node whose result a value written in place, or passed on as it is, lies in."""
     while node.op != "placeholder" and (_in_place(node, traced) or operation(node, traced) is nn.Identity):
         node = node.args[0]
@@ -187,14 +190,14 @@ def _memory(node: fx.Node, traced: fx.GraphModule) -> fx.Node:
 
 def _in_place(node: fx.Node, traced: fx.GraphModule) -> bool:
     if node.op == "call_module":
-        return getattr(traced.get_submodule(node.target), "inplace", False)
+        return getattr(traced.get_submodule(str(node.target)), "inplace", False)
     named = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return named.endswith("_") or node.target is operator.iadd or bool(node.kwargs.get("inplace", False))
 
 
 def _replace(graph: fx.Graph, norm: fx.Node, relu: fx.Node, after: list[fx.Node], residual: fx.Node | None) -> None:
     with graph.inserting_before(relu):
-        fused = graph.call_module(norm.target, (norm.args[0],), {"residual": residual, "relu": True})
+        fused = graph.call_module(str(norm.target), (norm.args[0],), {"residual": residual, "relu": True})
     relu.replace_all_uses_with(fused)
     for node in (*after, norm):
         graph.erase_node(node)

@@ -5,6 +5,7 @@ apart.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +32,14 @@ def convolution(layer: nn.Conv2d, *, networks: int, images: int = 0) -> nn.Conv2
         images: 0 for a layer that reads stacked maps; otherwise the number of image batches side by side in its input,
             each of which serves as many networks: to those the layer is one dense convolution.
     """
+    given: Any = layer  # whose sizes are pairs, and are typed as tuples of any length
     return nn.Conv2d(
         layer.in_channels * (images or networks),
         layer.out_channels * networks,
-        layer.kernel_size,
-        layer.stride,
-        layer.padding,
-        layer.dilation,
+        given.kernel_size,
+        given.stride,
+        given.padding,
+        given.dilation,
         images or layer.groups * networks,
         layer.bias is not None,
         layer.padding_mode,
@@ -76,6 +78,8 @@ class StackedLinear(nn.Module):
         networks: S.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(self, layer: nn.Linear, networks: int) -> None:
         super().__init__()
         self.networks = networks
@@ -95,7 +99,8 @@ class StackedLinear(nn.Module):
 
 def stacked_layer(name: str, layers: Sequence[nn.Module], images: int) -> nn.Module:
     """The same layer of several networks as one, with their values; `images` as for `convolution`."""
-    first = layers[0]
+    first: Any = layers[0]
+    made: nn.Module
     if isinstance(first, nn.Conv2d):
         made = convolution(first, networks=len(layers), images=images)
     elif isinstance(first, nn.BatchNorm2d):

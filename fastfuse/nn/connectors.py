@@ -38,8 +38,8 @@ class Regressor(Connector):
 
     def __init__(self, channels: int, size: Size, smaller: Size) -> None:
         super().__init__(channels, channels)
-        stride = tuple(large // small for large, small in zip(size, smaller, strict=True))
-        kernel = tuple(large - (small - 1) * step for large, small, step in zip(size, smaller, stride, strict=True))
+        stride = (size[0] // smaller[0], size[1] // smaller[1])
+        kernel = (size[0] - (smaller[0] - 1) * stride[0], size[1] - (smaller[1] - 1) * stride[1])
         self.conv = nn.Conv2d(channels, channels, kernel, stride, bias=False)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 

@@ -102,7 +102,9 @@ class FactorNetwork(nn.Module):
     def __init__(self, network: nn.Module, encoder: nn.Module) -> None:
         super().__init__()
         self.network, self.encoder = network, encoder
-        self.feature_channels = (*network.feature_channels[:-1], encoder.conv3.out_channels)
+        tapped: Any = network
+        last: Any = encoder.conv3
+        self.feature_channels = (*tapped.feature_channels[:-1], last.out_channels)
 
     def forward(self, images: Tensor) -> Any:
         """[B, 3, H, W] to what the network gives, with another last map."""

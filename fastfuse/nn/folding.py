@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -38,7 +39,7 @@ def folded(network: nn.Module) -> nn.Module:
 @torch.no_grad()
 def _fold(traced: fx.GraphModule, node: fx.Node) -> None:
     """Fold a call of a norm into the convolution whose result it alone reads, if it is one."""
-    source = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+    source: Any = node.args[0] if len(node.args) == 1 and not node.kwargs else None
     norm, convolution = _layer(traced, node), _layer(traced, source)
     if type(norm) is not nn.BatchNorm2d or type(convolution) is not nn.Conv2d or len(source.users) > 1:
         return
@@ -49,6 +50,6 @@ def _fold(traced: fx.GraphModule, node: fx.Node) -> None:
     traced.graph.erase_node(node)
 
 
-def _layer(traced: fx.GraphModule, node: object) -> nn.Module | None:
+def _layer(traced: fx.GraphModule, node: Any) -> nn.Module | None:
     is_call = isinstance(node, fx.Node) and node.op == "call_module"
-    return traced.get_submodule(node.target) if is_call else None
+    return traced.get_submodule(str(node.target)) if is_call else None

@@ -28,6 +28,8 @@ class Networks(nn.Module):
         replicas: number of image batches side by side that they read; the first networks belong to the first.
     """
 
+    stacked: Any  # a `Stacked`, where the strategy is grouped
+
     def __init__(self, networks: Iterable[nn.Module]) -> None:
         super().__init__()
         self.strategy, self.replicas = "loop", 1
@@ -111,9 +113,7 @@ class Networks(nn.Module):
         own = name.removeprefix(_INSIDE)
         return self.stacked.join(own, [tensors[f"{i}.{own}"] for i in range(self._count)])
 
-    def state_dict(
-        self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
-    ) -> Mapping[str, Tensor]:
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """As of ordinary members, whatever the strategy."""
         if self.strategy != "grouped":
             return super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
@@ -133,11 +133,13 @@ class Networks(nn.Module):
 
     def __iter__(self) -> Iterator[nn.Module]:
         self._need_members()
-        return iter(self._modules.values())
+        members: Any = self._modules
+        return iter(members.values())
 
     def __getitem__(self, index: int) -> nn.Module:
         self._need_members()
-        return self._modules[str(self._position(index))]
+        members: Any = self._modules
+        return members[str(self._position(index))]
 
     def _set_members(self, networks: Iterable[nn.Module]) -> None:
         for i, network in enumerate(networks):

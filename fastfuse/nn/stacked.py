@@ -85,7 +85,7 @@ class Stacked(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         """[N, 3 R, H, W] to what one network gives, of all: maps [N, S C, H, W] and logits [S, N, K]."""
-        norms = {name: self.network.get_submodule(name) for name in self._norm_calls}
+        norms: dict[str, Any] = {name: self.network.get_submodule(name) for name in self._norm_calls}
         counted = {name: norm.num_batches_tracked for name, norm in norms.items() if norm.training}
         if counted:
             torch._foreach_add_(list(counted.values()), [self._norm_calls[name] for name in counted])
@@ -120,7 +120,7 @@ class Stacked(nn.Module):
     def states(self) -> list[Mapping[str, Tensor]]:
         """The state dict of each network, in views of the stacked parameters and buffers."""
         tensors = dict([*self.network.named_parameters(), *self.network.named_buffers()])
-        found = []
+        found: list[Mapping[str, Tensor]] = []
         for index in range(self.count):
             state = self._template[0].state_dict()  # has names, order and versions
             state.update({name: self.split(name, tensors[name])[index] for name in state})
@@ -141,8 +141,8 @@ def _apart(output: Any, kinds: Any, count: int) -> list[Any]:
         columns = {key: _apart(output[key], kind, count) for key, kind in kinds.items()}
         return [{key: column[i] for key, column in columns.items()} for i in range(count)]
     if isinstance(kinds, tuple | list):
-        columns = [_apart(value, kind, count) for value, kind in zip(output, kinds, strict=True)]
-        rows = [[column[i] for column in columns] for i in range(count)]
+        listed = [_apart(value, kind, count) for value, kind in zip(output, kinds, strict=True)]
+        rows = [[column[i] for column in listed] for i in range(count)]
         return [type(output)(*row) if hasattr(output, "_fields") else type(output)(row) for row in rows]
     return [output] * count  # a constant
 

@@ -1,6 +1,7 @@
 """Frozen networks that only give targets."""
 
 import copy
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
@@ -38,7 +39,8 @@ class Teachers(nn.Module):
         """[B, 3, H, W] to what each network gives, in the order given; of stacked ones in views of stacked maps."""
         with torch.no_grad():
             found: list[Any] = []
-            for network, count in zip(self._running, self._counts, strict=True):
+            running: Any = self._running
+            for network, count in zip(running, self._counts, strict=True):
                 output = network(images)
                 found += [output] if count == 1 else network.apart(output)
         return [found[position] for position in self._order]
@@ -50,8 +52,8 @@ class Teachers(nn.Module):
 
         Args:
             strategy: "loop" or "branches": one after another; "grouped": those of one architecture as one stacked
-                network where they can be stacked; "auto": "loop" on a CPU, where grouped ResNet-20s take 1.7 times as
-                long (docs/LOG.md), and "grouped" elsewhere, which is not measured.
+                network, with a warning where they cannot be stacked; "auto": "loop" on a CPU, where grouped ResNet-20s
+                take 1.7 times as long (docs/LOG.md), and "grouped" elsewhere, which is not measured.
 
         Returns:
             "loop" or "grouped".
@@ -116,6 +118,8 @@ def _stacked(networks: Sequence[nn.Module], members: list[int]) -> list[tuple[nn
     if len(networks) > 1:
         try:
             return [(stack(networks), members)]
-        except InputError:
-            pass
+        except InputError as error:
+            logging.getLogger(__name__).warning(
+                "%d teachers run one after another, not grouped: %s", len(networks), error
+            )
     return [(network, [i]) for network, i in zip(networks, members, strict=True)]

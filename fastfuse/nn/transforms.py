@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,11 +74,12 @@ def transform_all(
     chains = [
         [
             functional.Stage(s.deconv.weight, batch_norm(s.norm, training=training, counters=counters))
-            for s in transform.stages
+            for s in cast(Any, transform.stages)
         ]
         for transform in transforms
     ]
     if counters:
         # One launch, however many transforms there are.
         torch._foreach_add_(counters, 1)
-    return functional.deep_to_shallow(deep, chains, sizes=sizes, attention=attention)
+    found: Any = functional.deep_to_shallow(deep, chains, sizes=sizes, attention=attention)
+    return found  # a list, as deep is one

@@ -32,7 +32,8 @@ class MovingAverage:
         mine, theirs = zip(*self._averaged, strict=True)
         torch._foreach_lerp_(mine, theirs, 1 - self.decay)
         if self._copied:
-            torch._foreach_copy_(*zip(*self._copied, strict=True))
+            mine, theirs = zip(*self._copied, strict=True)
+            torch._foreach_copy_(mine, theirs)
 
     def tensors(self) -> list[Tensor]:
         """What an update writes."""

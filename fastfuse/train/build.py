@@ -68,6 +68,9 @@ def load_data(config: TrainConfig) -> Dataset:
         padding=config.crop_padding,
         flip=config.flip,
         image_size=config.image_size,
+        stream=config.stream,
+        cache=config.data_cache,
+        workers=config.workers,
     )
 
 
@@ -88,11 +91,12 @@ def make_method(
     """
     torch.manual_seed(config.seed)
     method = METHODS[config.method]
+    students: Any = config.student_models or config.students  # a number where they have no names
     sized = {"image_size": image_size} if method.takes_image_size else {}
     return build_method(
         config.method,
         model=config.model,
-        students=config.student_models or config.students,
+        students=students,
         num_classes=num_classes,
         leader=config.leader,
         teacher_model=config.teacher_model if method.extra_network == "teacher" else None,
@@ -106,7 +110,7 @@ def make_method(
 
 def _own_options(config: TrainConfig) -> dict[str, Any]:
     """The options of the method's own networks: all there are, unless they are those of a frozen teacher alone."""
-    own = [config.leader, *(config.student_models or [config.model])]
+    own = [config.leader, *(config.student_models or [str(config.model)])]
     frozen = METHODS[config.method].teacher_count > 0 and str(config.teacher_model).startswith("wrn")
     return {} if frozen and not any(str(name).startswith("wrn") for name in own) else model_options(config)
 
@@ -137,7 +141,7 @@ def with_replicas(
     return Replicas(methods, [f"seed{config.seed + r}" for r in range(config.replicas)])
 
 
-def try_out(method: Method, dataset: Dataset, batch_size: int) -> None:
+def try_out(method: Method, dataset: Dataset, batch_size: int, *, divided: int = 1) -> None:
     """One forward of a copy on blank images, so that maps too small for the method are found before a run exists.
 
     Raises:
@@ -146,7 +150,8 @@ def try_out(method: Method, dataset: Dataset, batch_size: int) -> None:
     height, width = dataset.image_size
     # A last batch of one image and maps of one pixel leave batch norm nothing to average.
     shown = len(dataset.train) // method.image_parts * method.image_parts
-    smallest = method.image_parts * min((shown % batch_size or batch_size) // method.image_parts, 2)
+    each = (shown % batch_size or batch_size) // method.image_parts
+    smallest = method.image_parts * min(max(each // divided, 1), 2)
     trial = copy.deepcopy(method).train()
     with torch.no_grad():
         try:

@@ -1,8 +1,10 @@
-"""Checkpoints: everything that the rest of a run depends on, in one file that is never half-written."""
+"""Checkpoints: everything that the rest of a run depends on, in files never half-written nor damaged unseen."""
 
 import dataclasses
+import hashlib
+import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -12,40 +14,96 @@ from fastfuse.errors import CheckpointError
 from fastfuse.train.files import write_atomic
 
 FORMAT = "fastfuse-checkpoint"
-VERSION = 1
+VERSION = 2
 NAME = "checkpoint.pt"
 
+# What ends a file: these bytes and the SHA-256 of all before them. To torch.load they are a comment.
+_MARK = b"fastfuse-sha256:"
+_TRAILER = len(_MARK) + hashlib.sha256().digest_size
+_PIECE = 1 << 22
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint atomically.
+
+class DamagedCheckpointError(CheckpointError):
+    """The file is not what was written; an earlier checkpoint may take its place."""
+
+
+def save(path: Path, state: dict[str, Any], *, keep: int = 1) -> None:
+    """Write a checkpoint atomically, with its checksum.
+
+    Args:
+        path: of the newest.
+        state: tensors and plain values.
+        keep: how many checkpoints there are at most afterwards, this one included; see `kept`.
 
     Raises:
-        WriteError: the disk is full or the folder not writable; the checkpoint before it is intact.
+        WriteError: the disk is full or the folder not writable; the checkpoints before it are intact.
     """
-    write_atomic(path, lambda file: torch.save({"format": FORMAT, "version": VERSION, **state}, file))
+
+    def write(file: BinaryIO) -> None:
+        hashing: Any = _Hashing(file)  # as much of a file as is needed
+        torch.save({"format": FORMAT, "version": VERSION, **state}, hashing)
+        file.write(_MARK + hashing.digest())
+
+    write_atomic(path, write, before_replacing=lambda: _step_back(path, keep))
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint; only tensors and plain values are unpickled.
+    """Read one checkpoint; only tensors and plain values are unpickled.
 
     Raises:
-        CheckpointError: truncated, damaged, not a checkpoint, or of another version.
+        CheckpointError: not a checkpoint, or of another version; if truncated or damaged, a DamagedCheckpointError.
     """
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        sound = _checksum_fits(path)  # None: it has none
+        state = torch.load(path, map_location=device, weights_only=True) if sound is not False else None
     except Exception as error:  # what the reader raises depends on where the damage is
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise CheckpointError(
-            f"{path} cannot be read as a checkpoint, it is truncated, damaged or another kind of file ({reason}); "
-            "restore it from a copy, or delete it and start anew with --resume"
-        ) from error
+        raise _damaged(path, f"it is truncated, damaged or another kind of file ({reason})") from error
+    if sound is False:
+        raise _damaged(path, "its bytes do not fit its checksum")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a fastfuse checkpoint; give a run folder that `fastfuse train` wrote")
     if state["version"] != VERSION:
         raise CheckpointError(
             f"{path} has checkpoint version {state['version']}, this fastfuse reads version {VERSION}"
         )
+    if sound is None:
+        raise _damaged(path, "its checksum is missing from its end")
     return state
+
+
+def kept(path: Path) -> list[Path]:
+    """The checkpoints of a run that are there, newest first: checkpoint.pt, checkpoint-1.pt, checkpoint-2.pt, ...
+
+    Args:
+        path: of the newest, whether it exists or not.
+    """
+    numbers = [file.stem.removeprefix(f"{path.stem}-") for file in path.parent.glob(f"{path.stem}-*{path.suffix}")]
+    older = [_older(path, number) for number in sorted(map(int, filter(str.isdecimal, numbers)))]
+    return [file for file in (path, *older) if file.exists()]
+
+
+def load_newest(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read the newest checkpoint of a run that is not damaged, with a warning for each one that is.
+
+    Args:
+        path: of the newest.
+        device: where its tensors go.
+
+    Raises:
+        CheckpointError: as `load`, of the newest, if none can be read.
+    """
+    failures: list[DamagedCheckpointError] = []
+    for file in kept(path) or [path]:
+        try:
+            state = load(file, device)
+        except DamagedCheckpointError as error:
+            failures.append(error)
+            continue
+        for failure in failures:
+            logging.getLogger(__name__).warning("%s; %s, the one before it, is used", failure, file.name)
+        return state
+    raise failures[0]
 
 
 def load_matching(path: Path, config: TrainConfig, data: str) -> dict[str, Any]:
@@ -59,7 +117,7 @@ def load_matching(path: Path, config: TrainConfig, data: str) -> dict[str, Any]:
     Raises:
         CheckpointError: it cannot be read, or the run was told something else; names the option.
     """
-    state = load(path)
+    state = load_newest(path)
     stored = configuration.from_plain(state["config"])
     for name, value in dataclasses.asdict(config).items():
         if name not in configuration.RUNTIME_FIELDS and stored.get(name) != value:
@@ -85,3 +143,62 @@ def restore_generators(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["cpu"].cpu())
     if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+
+
+def _older(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def _step_back(path: Path, keep: int) -> None:
+    """Number the checkpoints that stay one higher; there is a newest one at every moment."""
+    for number in range(keep - 1, 1, -1):
+        if _older(path, number - 1).exists():
+            _older(path, number - 1).replace(_older(path, number))
+    if keep > 1 and path.exists():
+        second = path.with_name(f"{path.name}.link.tmp")
+        second.unlink(missing_ok=True)
+        try:
+            second.hardlink_to(path)
+        except OSError:  # a file system without links: for a moment only the older name is there
+            path.replace(_older(path, 1))
+        else:
+            second.replace(_older(path, 1))
+    for file in kept(path)[1:]:
+        if int(file.stem.removeprefix(f"{path.stem}-")) >= keep:
+            file.unlink()
+
+
+class _Hashing:
+    """A file that takes the checksum of what is written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._hash = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self._hash.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def digest(self) -> bytes:
+        return self._hash.digest()
+
+
+def _checksum_fits(path: Path) -> bool | None:
+    """Whether a file is what was written; None where it has no checksum."""
+    left = path.stat().st_size - _TRAILER
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while left > 0 and (piece := file.read(min(left, _PIECE))):
+            found.update(piece)
+            left -= len(piece)
+        mark, digest = file.read(len(_MARK)), file.read()
+    return digest == found.digest() if mark == _MARK else None
+
+
+def _damaged(path: Path, reason: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(
+        f"{path} cannot be read as a checkpoint, {reason}; restore it from a copy, or delete it and start anew with "
+        "--resume"
+    )

@@ -33,7 +33,11 @@ def compare(paths: Sequence[Path]) -> dict[str, Any]:
     """
     if len(paths) < 2:
         raise InputError(f"fastfuse compare needs at least two runs, not {len(paths)}: fastfuse compare RUN_A RUN_B")
-    columns = grouped([read_run(Path(path)) for path in paths])
+    return compared(grouped([read_run(Path(path)) for path in paths]))
+
+
+def compared(columns: list[list[Run]]) -> dict[str, Any]:
+    """What differs between groups of runs, see `compare`; of one group its own values."""
     return {
         "columns": [_column(runs) for runs in columns],
         "configuration": _configuration(columns),

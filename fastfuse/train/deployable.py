@@ -74,16 +74,15 @@ def load_deployable(
     if config.replicas > 1:
         raise InputError(f"{path} holds {config.replicas} replicas; name one of them, such as {path}/seed{config.seed}")
     name, model = _chosen(config, network)
-    state = checkpoint.load(run.checkpoint) if run.checkpoint.exists() else None
+    state = checkpoint.load_newest(run.checkpoint) if checkpoint.kept(run.checkpoint) else None
     record = _record(run.path / "summary.json", state, config)
     file = _weight_file(path, config, name, best=best, usable=state is None or record["completed"])
     if file is None and state is None:
         raise InputError(
             f"{path} has no weights of {name} yet; go on training with: fastfuse train --resume --out {path}"
         )
-    located = dataclasses.replace(
-        config, data_root=data_root or config.data_root, data_path=data_path or config.data_path, out=path
-    )
+    moved: dict[str, Any] = {"data_root": data_root or config.data_root, "data_path": data_path or config.data_path}
+    located = dataclasses.replace(config, out=path, data_cache=None, **moved)
     dataset = build.load_data(located)
     if state is not None and state["data"] != dataset.fingerprint():
         raise InputError(
@@ -94,7 +93,11 @@ def load_deployable(
     method = None
     if state is not None and (file is None or not (best or config.teacher_count)):
         method = _restored(located, dataset, state, run.checkpoint)
-    own = _state_of(method, name) if file is None else read_weights(file)
+    if file is None:
+        assert method is not None  # without a file there is a checkpoint
+        own = _state_of(method, name)
+    else:
+        own = read_weights(file)
     plain = _loaded(plain_network(config, model, dataset.num_classes), own, f"{file or run.checkpoint}", model)
     accuracy = record["networks"].get(name, {})
     return Deployable(
@@ -238,4 +241,5 @@ def _state_of(method: Method, name: str) -> dict[str, Tensor]:
     networks = method.networks()
     if name in networks:
         return networks[name].state_dict()
-    return networks["network"].plain_state_dict(method.students().index(name))  # a branch of what shares its trunk
+    branched: Any = networks["network"]  # of what shares its trunk
+    return branched.plain_state_dict(method.students().index(name))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastfuse.data import TrainingBatches
+from fastfuse.data import StreamedTrainingBatches, TrainingBatches
 from fastfuse.train.average import MovingAverage
 from fastfuse.train.graph import Captured
 from fastfuse.train.step import TrainStep
@@ -31,7 +31,7 @@ class Engine:
     def __init__(
         self,
         step: TrainStep,
-        batches: TrainingBatches,
+        batches: TrainingBatches | StreamedTrainingBatches,
         terms: TermLog,
         *,
         average: MovingAverage | None = None,
@@ -60,6 +60,7 @@ class Engine:
     def run(self, step: int) -> int:
         """Run the step that is next, number `step` of its epoch; gives its number of images."""
         count = self.batches.count(step)
+        self.batches.fetch(step)
         if self.graphed and count not in self._graphs:
             self._capture(count)
         if self.graphed:
@@ -87,7 +88,7 @@ class Engine:
     def _work(self, count: int) -> None:
         self.step.optimizers.set_factor(self._factors.gather(0, self.batches.step))
         images, labels = self.batches.draw(count)
-        output = self.step(images, labels, self.progress)
+        output = self.step(images, labels, self.progress, count)
         if self.average is not None:
             self.average.update()
-        self.terms.note(output)
+        self.terms.note(output, self.step.optimizers.bad)

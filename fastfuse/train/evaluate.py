@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastfuse.data import EvaluationBatches
+from fastfuse.data import EvaluationBatches, StreamedEvaluationBatches
 from fastfuse.methods.base import Method
+from fastfuse.train.distributed import ALONE, Processes
 from fastfuse.train.graph import Captured
 
 Accuracy = dict[str, dict[str, float]]
@@ -24,16 +26,21 @@ class Evaluator:
         batches: the images.
         autocast: makes the context that the networks run in.
         graphed: replay a batch as a CUDA graph, one for each size.
+        processes: those that count together, each the images of its own batches.
+        stands_in: this one's images count for nothing, as there are none for it.
     """
 
     def __init__(
         self,
         method: Method,
-        batches: EvaluationBatches,
+        batches: EvaluationBatches | StreamedEvaluationBatches,
         autocast: Callable[[], AbstractContextManager],
         *,
         graphed: bool = False,
+        processes: Processes = ALONE,
+        stands_in: bool = False,
     ) -> None:
+        self.processes, self.stands_in = processes, stands_in
         self.method, self.batches, self.autocast, self.graphed = method, batches, autocast, graphed
         self._names: list[str] = []
         self._counts: Tensor | None = None
@@ -47,13 +54,15 @@ class Evaluator:
         self.batches.start()
         if self._counts is not None:
             self._counts.zero_()
-        for count in self.batches.counts:
+        for step, count in enumerate(self.batches.counts):
+            self.batches.fetch(step)
             self._run(count)
         self.method.train(was_training)
-        total = sum(self.batches.counts)
+        own = [sum(self.batches.counts), *self._counted().flatten().tolist()]
+        total, *hits = self.processes.sum([0] * len(own) if self.stands_in else own)
         return {
             name: {"top1": 100.0 * top1 / total, "top5": 100.0 * top5 / total}
-            for name, (top1, top5) in zip(self._names, self._counts.tolist(), strict=True)
+            for name, top1, top5 in zip(self._names, hits[::2], hits[1::2], strict=True)
         }
 
     def _run(self, count: int) -> None:
@@ -62,15 +71,21 @@ class Evaluator:
             return
         if count not in self._graphs:
             if self._counts is None:  # made by the first batch, and a capture must find it in place
+                before = [x.clone() for x in self.batches.tensors()]
                 self._work(count)
-                self._counts.zero_()
-                self.batches.start()
+                self._counted().zero_()
+                for x, old in zip(self.batches.tensors(), before, strict=True):
+                    x.copy_(old)
             self._graphs[count] = Captured(
-                lambda: self._work(count), lambda: [self._counts, *self.batches.tensors()], self._pool()
+                lambda: self._work(count), lambda: [self._counted(), *self.batches.tensors()], self._pool()
             )
         self._graphs[count]()
 
-    def _pool(self) -> tuple[int, int] | None:
+    def _counted(self) -> Tensor:
+        assert self._counts is not None  # from the first batch on
+        return self._counts
+
+    def _pool(self) -> Any:
         return next((captured.graph.pool() for captured in self._graphs.values()), None)
 
     def _work(self, count: int) -> None:

@@ -1,12 +1,15 @@
 """`fastfuse eval`: the accuracy of a run from what it wrote."""
 
 import dataclasses
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from fastfuse.config import adapted
+from fastfuse.config import TrainConfig, adapted
+from fastfuse.data import lost_workers_explained
 from fastfuse.errors import CheckpointError, InputError
 from fastfuse.train import build, checkpoint, preliminary
+from fastfuse.train.evaluate import Accuracy
 from fastfuse.train.loop import Trainer
 from fastfuse.train.record import RunFolder
 from fastfuse.train.teachers import deployed_model
@@ -33,10 +36,11 @@ def evaluate_run(
     config = dataclasses.replace(
         config, data_root=data_root or config.data_root, data_path=data_path or config.data_path, device=device
     )
-    config = dataclasses.replace(config, mode="eager")  # one pass does not earn a compilation or a capture
+    # One pass does not earn a compilation, a capture, or a cache: test images are the same without.
+    config = dataclasses.replace(config, mode="eager", data_cache=None)
     if config.replicas > 1:
         raise InputError(f"{path} holds {config.replicas} replicas; name one of them, such as {path}/seed{config.seed}")
-    if not run.checkpoint.exists():
+    if not checkpoint.kept(run.checkpoint):
         raise InputError(f"{path} has no checkpoint yet; go on training with: fastfuse train --resume --out {path}")
     dataset = build.load_data(config)
     config = dataclasses.replace(config, out=path)  # it may have been moved
@@ -45,16 +49,22 @@ def evaluate_run(
     on = build.pick_device(device)
     trainer = Trainer(config, run, dataset, method.to(on), on, preliminary.fingerprint(given))
     try:
-        trainer.restore(checkpoint.load(run.checkpoint))
+        trainer.restore(checkpoint.load_newest(run.checkpoint))
     except (RuntimeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{run.checkpoint} does not fit the run's config.json: {reason}") from error
+    with closing(dataset), lost_workers_explained():
+        accuracy = _accuracy(trainer, config, path, method.deployed)
+    return {"run": str(path), "epoch": trainer.position.epoch, "accuracy": accuracy}
+
+
+def _accuracy(trainer: Trainer, config: TrainConfig, path: Path, deployed: str) -> Accuracy:
     accuracy = trainer.evaluate(trainer.dataset.test)
-    best = run.path / f"{method.deployed}_best.safetensors"
-    if best.exists() and method.deployed in accuracy:
+    best = path / f"{deployed}_best.safetensors"
+    if best.exists() and deployed in accuracy:
         plain = dataclasses.replace(adapted(config, method="independent", model=deployed_model(config)), students=1)
-        network = build.make_method(plain, dataset.num_classes).to(trainer.device)
+        network = build.make_method(plain, trainer.dataset.num_classes).to(trainer.device)
         build.initial_weights(network, (f"student0={best}",))
         evaluate = trainer.evaluator(trainer.dataset.test, network)
-        accuracy[f"{method.deployed} (best)"] = evaluate()["student0"]
-    return {"run": str(path), "epoch": trainer.position.epoch, "accuracy": accuracy}
+        accuracy[f"{deployed} (best)"] = evaluate()["student0"]
+    return accuracy

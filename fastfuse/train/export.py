@@ -121,13 +121,13 @@ def check_equal(found: Deployable, exported: Callable[[Tensor], Tensor]) -> floa
                 f"the exported {found.name} does not run on a batch of {batch} ({reason}); nothing was written, try "
                 "another --format"
             ) from error
-        error = (got - wanted).abs().max().item() if got.shape == wanted.shape else float("inf")
-        if not error <= allowed:  # also where it is not a number
+        off = (got - wanted).abs().max().item() if got.shape == wanted.shape else float("inf")
+        if not off <= allowed:  # also where it is not a number
             raise ExportError(
-                f"the exported {found.name} does not give the logits of the trained one: they differ by {error:.3g} "
+                f"the exported {found.name} does not give the logits of the trained one: they differ by {off:.3g} "
                 f"for a batch of {batch}, and rounding allows {allowed:.3g}; nothing was written, try another --format"
             )
-        largest = max(largest, error)
+        largest = max(largest, off)
     return largest
 
 

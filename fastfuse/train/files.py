@@ -12,8 +12,15 @@ class WriteError(FastfuseError):
     """A file of the run cannot be written: disk full, folder gone or not writable."""
 
 
-def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_atomic(
+    path: Path, write: Callable[[BinaryIO], object], *, before_replacing: Callable[[], object] = lambda: None
+) -> None:
     """Write to a temporary name in the same folder, flush to the disk, rename.
+
+    Args:
+        path: the file.
+        write: puts its content into an open file.
+        before_replacing: done when the content is safe, just before the rename.
 
     Raises:
         WriteError: it could not be written; an earlier file of that name is untouched.
@@ -24,6 +31,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        before_replacing()
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
         # torch.save reports a failed write of its archive as a RuntimeError.

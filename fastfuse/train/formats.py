@@ -128,6 +128,7 @@ def _onnx(program: torch.export.ExportedProgram, text: str) -> bytes:
     except Exception as error:  # each operator's conversion can raise anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"the network cannot be converted to ONNX ({reason}); use --format torch-export") from error
+    assert made is not None  # as it may be without dynamo
     model = made.model_proto
     entry = model.metadata_props.add()
     entry.key, entry.value = DESCRIPTION, text

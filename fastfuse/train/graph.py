@@ -1,7 +1,7 @@
 """Replay of device work as a CUDA graph."""
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ T = TypeVar("T")
 WARM_UP_CALLS = 3
 
 
-class Captured:
+class Captured(Generic[T]):
     """A function as one CUDA graph; a call is one launch.
 
     The function reads and writes tensors at fixed addresses and never reads one on the host.
@@ -21,12 +21,10 @@ class Captured:
         function: the work; called with the same arguments in every replay.
         state: gives every tensor that the work changes and that lives on; put back after each warm-up call, since a
             second one may find a counter past its end.
-        pool: memory shared with other captures of which never two run at a time.
+        pool: as `CUDAGraph.pool` gives it: memory shared with other captures of which never two run at a time.
     """
 
-    def __init__(
-        self, function: Callable[[], T], state: Callable[[], Sequence[Tensor]], pool: tuple[int, int] | None = None
-    ) -> None:
+    def __init__(self, function: Callable[[], T], state: Callable[[], Sequence[Tensor]], pool: Any = None) -> None:
         saved = [(x, x.detach().clone()) for x in state()]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -38,7 +36,8 @@ class Captured:
                         x.copy_(before)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        # What other threads do meanwhile, such as page-locking the next batch, is no part of the capture.
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.result = function()
 
     def __call__(self) -> T:

@@ -1,8 +1,8 @@
 """Who is told about a run: its own files always, TensorBoard and Weights & Biases where --log asks for them.
 
 A logger is told of all epochs so far, when a run begins or goes on and after every epoch, in numbers that the loop has
-read anyway. The files are the run's record: what cannot be written there ends the run. The others may fail at any time:
-then they say so once, and the run goes on without them; a later `--resume` gives them what they missed.
+read anyway. The files are the run's record: what cannot be written there yet is written later. The others may fail at
+any time: then they say so once, and the run goes on without them; a later `--resume` gives them what they missed.
 """
 
 import importlib
@@ -12,6 +12,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -168,8 +169,9 @@ class Guarded:
 
     def close(self, *, failed: bool) -> None:
         """Close it if it was opened."""
-        if self._logger is not None:
-            self._try(lambda: self._logger.close(failed=failed))
+        logger = self._logger
+        if logger is not None:
+            self._try(lambda: logger.close(failed=failed))
 
     def _opened(self) -> Logger:
         if self._logger is None:
@@ -202,7 +204,14 @@ class Loggers:
     def __init__(self, run: RunFolder, config: TrainConfig) -> None:
         self.all: list[Logger] = [Records(run)]
         for name in config.log:
-            self.all.append(Guarded(name, lambda kind=OPTIONAL[name][0]: kind(run, config)))
+            self.all.append(Guarded(name, partial(OPTIONAL[name][0], run, config)))
+
+    @classmethod
+    def none(cls) -> "Loggers":
+        """Nobody is told: of several processes one speaks for all."""
+        found = cls.__new__(cls)
+        found.all = []
+        return found
 
     def write(self, history: History) -> None:
         """Tell them all."""

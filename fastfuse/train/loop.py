@@ -2,9 +2,11 @@
 
 import dataclasses
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,17 +15,20 @@ from fastfuse import config as configuration
 from fastfuse import data, info
 from fastfuse.config import TrainConfig
 from fastfuse.data import Dataset, Split
-from fastfuse.errors import CheckpointError, InterruptedRun, NonFiniteLossError
+from fastfuse.errors import INTERRUPTED, PREEMPTED, CheckpointError, InterruptedRun, NonFiniteLossError
 from fastfuse.methods import Method
 from fastfuse.methods.replicas import Replicas
-from fastfuse.train import build, checkpoint, modes
+from fastfuse.train import build, checkpoint, distributed, keepsakes, modes
 from fastfuse.train.average import MovingAverage
+from fastfuse.train.distributed import ALONE, Agreement, Processes
 from fastfuse.train.engine import Engine
 from fastfuse.train.evaluate import Accuracy, Evaluator
+from fastfuse.train.files import WriteError
 from fastfuse.train.loggers import Loggers
 from fastfuse.train.optim import build_optimizers
 from fastfuse.train.record import RunFolder
 from fastfuse.train.replicas import write_run_folders
+from fastfuse.train.saving import CheckpointWriter, Files, host_copy, warn_of
 from fastfuse.train.schedule import learning_rate_factor
 from fastfuse.train.step import TrainStep
 from fastfuse.train.summary import Position, summarise
@@ -33,6 +38,8 @@ if TYPE_CHECKING:
     from fastfuse.train.display import Display
 
 EVALUATION_BATCH = 500
+# What asks a run to stop after its step; the later ones are sent before a machine is taken away.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Trainer:
@@ -45,6 +52,7 @@ class Trainer:
         method: on the device, with initial weights, its networks arranged.
         device: where to train.
         given: fingerprint of what the method was given besides, such as teachers.
+        processes: those that train together; the first one writes and speaks.
     """
 
     def __init__(
@@ -55,40 +63,51 @@ class Trainer:
         method: Method,
         device: torch.device,
         given: str | None = None,
+        processes: Processes = ALONE,
     ) -> None:
-        self.config = config
+        self.config, self.processes = config, processes
         self.run = run
-        self.loggers = Loggers(run, config)
+        self.loggers = Loggers(run, config) if processes.leads else Loggers.none()
+        self.writer, self.files = CheckpointWriter(run.checkpoint, keep=config.keep_checkpoints), Files()
         self.given = given
         self.fingerprint = dataset.fingerprint()
         self.dataset = dataset.to(device)
         self.method = method.train()
-        self.optimizers = build_optimizers(self.method, **build.optimizer_settings(config))
-        mode = modes.pick_mode(config.mode, device)
+        amp = modes.pick_amp(config.amp, device)
+        max_bad = modes.pick_max_bad_steps(config.max_bad_steps, amp)
+        settings = {"clip_norm": config.clip_norm, "skip_bad": max_bad > 0, **build.optimizer_settings(config)}
+        self.optimizers = build_optimizers(self.method, **settings)
+        mode = modes.pick_mode(config.mode, device) if processes.count == 1 else "eager"
         self.step = TrainStep(
             self.method,
             self.optimizers,
-            amp=modes.pick_amp(config.amp, device),
+            amp=amp,
             channels_last=config.channels_last,
             compiled=mode.endswith("compiled"),
+            accumulate=config.accumulate,
+            processes=processes,
+            sync_batchnorm=config.sync_batchnorm,
         )
         self.average = MovingAverage(self.method, config.ema) if config.ema else None
-        batches = data.TrainingBatches(
+        batches = data.training_batches(
             self.dataset,
             batch_size=config.batch_size,
             replicas=config.replicas,
             parts=self.method.image_parts,
+            share=processes.share,
             memory_format=self.step.memory_format,
         )
         self.steps_per_epoch = batches.steps
-        self.terms = TermLog(config.log_interval, device)
+        self.terms = TermLog(config.log_interval, device, max_bad=max_bad)
         graphs = {"graphed": mode.startswith("graphed"), "fall_back": config.mode == "auto"}
         self.engine = Engine(self.step, batches, self.terms, average=self.average, **graphs)
         self._mode = mode
         self._evaluators: dict[int, Evaluator] = {}
         self.position = Position()
         self.device = device
-        self.interrupted = False
+        self._heard: set[int] = set()  # signals, by this process
+        self._stopped_as: int | None = None  # exit status, which all have agreed on
+        self._agreement = Agreement(processes)
         self._saved = self._started = self._began = time.monotonic()
 
     @property
@@ -97,44 +116,61 @@ class Trainer:
         return self._mode if self.engine.graphed or not self._mode.startswith("graphed") else "eager"
 
     def run_all(self) -> dict[str, Any]:
-        """Train to the end, to --max-time, or to Ctrl-C."""
+        """Train to the end, to --max-time, or to a signal."""
         from fastfuse.train.display import Display
 
         config, position = self.config, self.position
         self.loggers.write(position.history)
         title = f"{config.method} {config.networks} on {config.data}"
-        display = Display(title, config.epochs, self.steps_per_epoch, quiet=config.quiet)
+        quiet = config.quiet or not self.processes.leads
+        display = Display(title, config.epochs, self.steps_per_epoch, quiet=quiet, device=self.device)
+        if position.history:
+            display.known(position.history[-1], position.best, self._evaluated().deployed_states())
         with self._catching_interrupts(), display:
-            while position.epoch < config.epochs and not self._must_stop():
+            while position.epoch < config.epochs:  # whatever the limit, every start takes a step
                 self._train_epoch(display)
                 if position.step < self.steps_per_epoch or self._must_stop():
                     break
                 self._end_epoch(display)
-        if position.step:
-            self._save()
-        if self.interrupted:
+            if position.step:
+                self._save()
+            self.writer.finish()
+            self.files.flush(last=True)
+            self._must_stop()
+        if self._stopped_as is not None:
             raise InterruptedRun(
                 f"interrupted at epoch {position.epoch + 1}, step {position.step}; the checkpoint is written, "
-                f"go on with: fastfuse train --resume --out {self.run.path}"
+                f"go on with: fastfuse train --resume --out {self.run.path}",
+                status=self._stopped_as,
             )
-        summary = summarise(self)
+        summary, reached = summarise(self), self._state()
+        if self.processes.leads:
+            self._write_results(summary, reached)
+        return summary
+
+    def _write_results(self, summary: dict[str, Any], reached: dict[str, Any]) -> None:
+        config, position = self.config, self.position
         if position.history:
             for name, state in self._evaluated().deployed_states().items():
                 self.run.write_weights(name, state)
         if isinstance(self.method, Replicas):
-            write_run_folders(self.run, self.method, config, self._state(), summary)
+            write_run_folders(self.run, self.method, config, reached, summary)
         self.run.write_summary(summary)
-        return summary
+        keepsakes.keep(self, self._evaluated())
 
     def evaluate(self, split: Split) -> Accuracy:
         """Accuracy on a split of the trained networks, or of their moving average if there is one."""
         if id(split) not in self._evaluators:
-            self._evaluators[id(split)] = self.evaluator(split, self._evaluated(), graphed=self.engine.graphed)
+            share = self.processes.share
+            own = split if self.processes.count == 1 else split.part(share.drawn(len(split)))
+            evaluator = self.evaluator(own, self._evaluated(), graphed=self.engine.graphed)
+            evaluator.processes, evaluator.stands_in = self.processes, not share.own(len(split))
+            self._evaluators[id(split)] = evaluator
         return self._evaluators[id(split)]()
 
     def evaluator(self, split: Split, method: Method, *, graphed: bool = False) -> Evaluator:
         """What counts a method's right answers on a split of this run's data, in this run's precision."""
-        batches = data.EvaluationBatches(
+        batches = data.evaluation_batches(
             split,
             mean=self.dataset.mean,
             std=self.dataset.std,
@@ -160,9 +196,11 @@ class Trainer:
             self.step.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.method.load_state_dict(state["ema"])
-        self.terms.load_state_dict(state["terms"])
+        self.terms.load_state_dict(state["terms"], self.processes)
         self.position = Position(**state["position"])
         checkpoint.restore_generators(state["generators"])
+        if (before := state.get("processes", 1)) != self.processes.count and self.processes.leads:
+            print(distributed.changed(before, self.processes.count, self.config), file=sys.stderr)
 
     def _train_epoch(self, display: "Display") -> None:
         config, position = self.config, self.position
@@ -176,15 +214,18 @@ class Trainer:
         clock = _Clock(position)
         while position.step < steps:
             images = self.engine.run(position.step)
-            self.terms.count(epoch=position.epoch, step=position.step, images=images)
+            self.terms.count(epoch=position.epoch, step=position.step, images=self.step.own(images))
             position.step += 1
             position.steps_done += 1
             position.images_done += images * config.replicas
-            display.step(position.epoch, position.step, self.terms.means().get("loss"))
+            display.step(position.epoch, position.step, self.terms.means(), images=images * config.replicas)
             clock.lap()
-            if self._must_stop():
+            if not self._agreement.due(last=position.step == steps):
+                continue
+            stop, save = self._decisions()
+            if stop:
                 break
-            if position.step < steps and time.monotonic() - self._saved > 60 * config.checkpoint_minutes:
+            if position.step < steps and save:
                 self._save()
         self.terms.flush()
         clock.lap()
@@ -192,6 +233,8 @@ class Trainer:
     def _end_epoch(self, display: "Display") -> None:
         """Evaluate, record and move to the next epoch."""
         position, dataset = self.position, self.dataset
+        self.terms.collect(self.processes)
+        self.processes.as_leader(list(self._evaluated().buffers()))
         line: dict[str, Any] = {
             "epoch": position.epoch + 1,
             "learning_rate": self.config.lr
@@ -203,6 +246,10 @@ class Trainer:
             line["validation"] = self.evaluate(dataset.validation)
         results = self._evaluated().results()
         line |= results
+        if self.terms.max_bad:
+            line["bad_steps"] = self.terms.bad
+        if self.step.scaler is not None:
+            line["loss_scale"] = self.step.scaler.get_scale()
         line["images_per_second"] = self.terms.images * self.config.replicas / max(position.epoch_seconds, 1e-9)
         line["seconds"] = position.seconds + time.monotonic() - self._started
         position.history.append(line)
@@ -210,13 +257,19 @@ class Trainer:
         position.epoch, position.step, position.epoch_seconds = position.epoch + 1, 0, 0.0
         self.terms.reset()
         deployed = self._evaluated().deployed_states()
-        for name in deployed.keys() & improved:
-            self.run.write_weights(f"{name}_best", deployed[name])
-        for name, result in results.items():
-            self.run.write_result(name, result)
-        self.loggers.write(position.history)
+        if self.processes.leads:
+            self._write_epoch(deployed, improved, results)
         self._save()
-        display.epoch(line, {name: position.best[name]["top1"] for name in deployed if name in position.best})
+        display.epoch(line, position.best, deployed)
+
+    def _write_epoch(self, deployed: dict[str, Any], improved: set[str], results: dict[str, Any]) -> None:
+        for name in deployed.keys() & improved:
+            write = partial(self.run.write_weights, f"{name}_best", host_copy(deployed[name]))
+            self.files.add(f"{name}_best", write)
+        for name, result in results.items():
+            self.files.add(name, partial(self.run.write_result, name, result))
+        self.files.add("metrics", partial(self.loggers.write, self.position.history))
+        self.files.flush()
 
     def _note_best(self, line: dict[str, Any]) -> set[str]:
         chosen_on = line.get("validation", line["accuracy"])
@@ -237,15 +290,23 @@ class Trainer:
         now = time.monotonic()
         self.position.seconds += now - self._started
         self._started = self._saved = now
-        checkpoint.save(self.run.checkpoint, self._state())
+        state = self._state()
+        if not self.processes.leads:
+            return
+        try:
+            self.writer.save(state)
+        except WriteError as error:
+            warn_of(error)
 
     def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds; to be asked for by all processes."""
         return {
             "method": self.method.state_dict(),
             "optimizers": self.optimizers.state_dict(),
             "scaler": self.step.scaler.state_dict() if self.step.scaler is not None else None,
             "ema": self.average.method.state_dict() if self.average is not None else None,
-            "terms": self.terms.state_dict(),
+            "terms": self.terms.state_dict(self.processes),
+            "processes": self.processes.count,
             "position": dataclasses.asdict(self.position),
             "generators": checkpoint.generator_states(),
             "config": configuration.to_plain(self.config),
@@ -256,34 +317,51 @@ class Trainer:
 
     def _check_weights(self) -> None:
         """A finite loss may still have given an infinite update: that must not replace the last good checkpoint."""
-        norms = torch.stack(torch._foreach_norm(list(self.method.parameters())))
+        values = [*self.method.parameters(), *(x for x in self.method.buffers() if x.is_floating_point())]
+        norms = torch.stack(torch._foreach_norm(values))
         if not norms.isfinite().all():
             raise NonFiniteLossError(
-                f"weights became infinite or not a number before epoch {self.position.epoch + 1}, step "
+                f"weights or statistics became infinite or not a number before epoch {self.position.epoch + 1}, step "
                 f"{self.position.step + 1}; lower --lr, add --warmup-epochs, or try --amp off"
             )
 
     def _must_stop(self) -> bool:
-        limit = self.config.max_time
-        return self.interrupted or (limit is not None and time.monotonic() - self._began >= 60 * limit)
+        return self._decisions()[0]
+
+    def _decisions(self) -> tuple[bool, bool]:
+        """Whether to stop, and whether a checkpoint is due; all processes ask at the same places and hear the same."""
+        limit, now = self.config.max_time, time.monotonic()
+        late = limit is not None and now - self._began >= 60 * limit
+        save = now - self._saved > 60 * self.config.checkpoint_minutes
+        heard = self._heard
+        wishes = [bool(heard), bool(heard - {signal.SIGINT}), late, save]
+        stopped, preempted, late, save = self._agreement.decide(wishes)
+        self._stopped_as = PREEMPTED if preempted else INTERRUPTED if stopped else None
+        return stopped or late, save
 
     @contextmanager
     def _catching_interrupts(self) -> Iterator[None]:
-        """Ctrl-C asks to stop after the step; a second one stops at once."""
+        """Signals ask to stop after the step; the second Ctrl-C stops at once, the others may come again and again.
+
+        torchrun passes on what it is sent, SIGTERM too, and ends a worker that does not stop in half a minute.
+        """
+        alone = self.processes.count == 1
 
         def ask(signum: int, frame: Any) -> None:
-            self.interrupted = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._heard.add(signum)
+            if alone:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
 
         try:
-            previous = signal.signal(signal.SIGINT, ask)
+            previous = {number: signal.signal(number, ask) for number in _SIGNALS}
         except ValueError:  # not the main thread: the caller deals with signals
             yield
             return
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 class _Clock:

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -39,6 +40,17 @@ def pick_amp(name: str, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" else "off"
 
 
+# The gradient scaler halves its scale after each; from where it begins, so many in a row leave nothing to halve.
+_OVERFLOWS = 32
+
+
+def pick_max_bad_steps(number: int | None, amp: str) -> int:
+    """How many steps in a row may have a loss or gradient that is not finite; where not said, none but with fp16."""
+    if number is not None:
+        return number
+    return _OVERFLOWS if amp == "fp16" else 0
+
+
 @contextmanager
 def float32_products(*, tf32: bool) -> Iterator[None]:
     """Whether GPUs may round the factors of float32 products to TF32, in this process, for a while."""
@@ -48,3 +60,24 @@ def float32_products(*, tf32: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@contextmanager
+def reproducible(*, on: bool) -> Iterator[None]:
+    """Only operators whose results do not depend on how threads are scheduled, in this process, for a while.
+
+    An operator that has no such form on a GPU raises a RuntimeError that names it.
+    """
+    if not on:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    memory: Any = torch.utils.deterministic  # a module with a property, which its types do not know
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = False  # it finds faults, and costs a pass over memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        memory.fill_uninitialized_memory = before[1]

@@ -26,14 +26,30 @@ class Optimizers:
 
     Args:
         method: names the parameters, and says what a parameter of stacked networks is made of.
-        optimizers: each parameter belongs to exactly one.
+        optimizers: fused ones; each parameter belongs to exactly one.
+        clip_norm: gradients are scaled down so that their norm over all parameters together is at most this.
+        skip_bad: a gradient that is not finite leaves everything as it was; with a gradient scaler it always does.
+
+    Attributes:
+        bad: 0-d float32, above 0 if the last step had such a gradient; None where nobody looks.
     """
 
-    def __init__(self, method: Method, optimizers: list[torch.optim.Optimizer]) -> None:
+    def __init__(
+        self,
+        method: Method,
+        optimizers: list[torch.optim.Optimizer],
+        *,
+        clip_norm: float | None = None,
+        skip_bad: bool = False,
+    ) -> None:
         self.method = method
         self.optimizers = optimizers
+        self.clip_norm, self.skip_bad = clip_norm, skip_bad
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        parameter = groups[0]["params"][0]
+        self._parameters = [parameter for group in groups for parameter in group["params"]]
+        parameter = self._parameters[0]
+        self.bad = torch.zeros((), device=parameter.device) if skip_bad else None
+        self._one = torch.ones((), device=parameter.device)
         # The fused CUDA kernels read a float32 scalar; on the CPU float64 keeps the rate exact.
         dtype = torch.float32 if parameter.is_cuda else torch.float64
         self.initial = torch.tensor([float(g["lr"]) for g in groups], dtype=dtype, device=parameter.device)
@@ -72,13 +88,31 @@ class Optimizers:
 
     def step(self, scaler: torch.amp.GradScaler | None = None) -> None:
         """One update of everything; through the gradient scaler if there is one."""
+        if self.clip_norm is not None:
+            if scaler is not None:
+                for optimizer in self.optimizers:
+                    scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(self._parameters, self.clip_norm, foreach=True)
+        if scaler is None:
+            self._step()
+            return
         for optimizer in self.optimizers:
-            if scaler is None:
-                optimizer.step()
-            else:
-                scaler.step(optimizer)
-        if scaler is not None:
-            scaler.update()
+            scaler.step(optimizer)
+        if self.bad is not None:
+            found = [flag for optimizer in self.optimizers for flag in scaler._found_inf_per_device(optimizer).values()]
+            self.bad.copy_(torch.stack(found).sum())
+        scaler.update()
+
+    def _step(self) -> None:
+        if self.bad is not None:
+            # What a gradient scaler does, with a scale of one.
+            self.bad.zero_()
+            gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, self.bad, self._one)
+        fused: list[Any] = self.optimizers  # which look at the flag on the device
+        for optimizer in fused:
+            optimizer.grad_scale, optimizer.found_inf = None, self.bad
+            optimizer.step()
 
     def state_dict(self) -> list[dict[str, dict[str, Tensor]]]:
         """The state of each optimizer by parameter, as of networks that stand alone, however they are run."""
@@ -114,14 +148,18 @@ class Optimizers:
     def tensors(self) -> list[Tensor]:
         """Everything that an update reads or writes besides parameters and gradients."""
         states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
-        return [self.rates, *(value for state in states for value in state.values())]
+        bad = [] if self.bad is None else [self.bad]
+        return [self.rates, *bad, *(value for state in states for value in state.values())]
 
 
-def build_optimizers(method: Method, **settings: Any) -> Optimizers:
+def build_optimizers(
+    method: Method, *, clip_norm: float | None = None, skip_bad: bool = False, **settings: Any
+) -> Optimizers:
     """The published optimizers of a method.
 
     Args:
         method: gives its parameters in groups.
+        clip_norm, skip_bad: see `Optimizers`.
         settings: what differs from `SETTINGS`.
     """
     groups = method.parameter_groups(**{**SETTINGS, **settings})
@@ -129,4 +167,4 @@ def build_optimizers(method: Method, **settings: Any) -> Optimizers:
     built: list[torch.optim.Optimizer] = [torch.optim.SGD(groups.sgd, lr=SETTINGS["lr"], fused=True)]
     if groups.adam:
         built.append(torch.optim.Adam(groups.adam, fused=True))
-    return Optimizers(method, built)
+    return Optimizers(method, built, clip_norm=clip_norm, skip_bad=skip_bad)

@@ -24,6 +24,7 @@ from fastfuse import models
 from fastfuse.config import TrainConfig, adapted
 from fastfuse.errors import InputError, InterruptedRun
 from fastfuse.methods import Method
+from fastfuse.train import distributed
 from fastfuse.train.teachers import load_teacher
 from fastfuse.train.weights import model_options, read_weights
 
@@ -62,8 +63,9 @@ def resolved(config: TrainConfig, method: type[Method]) -> TrainConfig:
     count = len(config.teachers) or config.teacher_count or method.teacher_count
     if config.teachers and config.teacher_count not in (None, count):
         raise InputError(f"--teachers names {count}, --teacher-count asks for {config.teacher_count}: leave one out")
-    filled = {
-        "teacher_model": config.teacher_model or (config.student_models or [config.model])[0],
+    students: list[Any] = config.student_models or [config.model]
+    filled: dict[str, Any] = {
+        "teacher_model": config.teacher_model or students[0],
         "teacher_count": count,
         "teacher_epochs": config.teacher_epochs or config.epochs,
         "paraphraser_epochs": config.paraphraser_epochs or config.epochs,
@@ -107,7 +109,7 @@ def prepared(config: TrainConfig, num_classes: int, train: Train | None) -> dict
     Raises:
         InputError: something that was named cannot be found, or is not there and `train` is None.
         OutOfTime: --max-time has passed.
-        InterruptedRun: Ctrl-C.
+        InterruptedRun: Ctrl-C, SIGTERM or SIGUSR1.
     """
     if not config.teacher_count:
         return {}
@@ -139,41 +141,46 @@ class _Runs:
     """The runs below a run."""
 
     def __init__(self, config: TrainConfig, train: Train | None) -> None:
+        assert config.out is not None  # see `prepared`
         self.config, self.train = config, train
-        self.folder = Path(config.out)
+        self.folder = config.out
         self.began = time.monotonic()
 
     def teachers(self) -> list[str]:
         """As many as asked for, alike but for their seeds."""
         config, count = self.config, self.config.teacher_count
+        assert count is not None  # as it is resolved
         seed = config.seed + _TEACHER_SEED
-        own = {"model": config.teacher_model, "students": 1, "seed": seed, "replicas": count}
+        own: dict[str, Any] = {"model": config.teacher_model, "students": 1, "seed": seed, "replicas": count}
         path = self._run("teachers", "independent", config.teacher_epochs, **own)
         return [str(path / f"seed{seed + i}") for i in range(count)] if count > 1 else [str(path)]
 
     def paraphraser(self, index: int, teacher: str) -> Path:
         """Of one teacher."""
-        own = {"teachers": (teacher,), "teacher_model": self.config.teacher_model, "students": 1}
+        own: dict[str, Any] = {"teachers": (teacher,), "teacher_model": self.config.teacher_model, "students": 1}
         own |= {"model": self.config.teacher_model, "factor_ratio": self.config.factor_ratio, "strategy": "auto"}
         return self._run(f"paraphrasers/{index}", "paraphraser", self.config.paraphraser_epochs, **own)
 
     def search(self, teachers: list[str]) -> Path:
         """The aggregation weights for this teacher and this student."""
-        own = {"teachers": tuple(teachers), "teacher_model": self.config.teacher_model, "students": 1, **_SEARCH}
-        own["strategy"] = "auto"  # it has no networks side by side
+        own: dict[str, Any] = {"teachers": tuple(teachers), "teacher_model": self.config.teacher_model, **_SEARCH}
+        own |= {"students": 1, "strategy": "auto"}  # it has no networks side by side
         return self._run("search", "dfa-search", self.config.search_epochs, **own)
 
     def stages(self, teacher: str) -> str:
         """All students but the last, each the next one's teacher; gives the last one's teacher."""
         config = self.config
+        assert config.feed_stages is not None  # as it is resolved
         for stage in range(1, config.feed_stages):
-            own = {"teachers": (teacher,), "seed": config.seed + _TEACHER_SEED + stage, "feed_stages": 1}
+            own: dict[str, Any] = {"teachers": (teacher,), "feed_stages": 1}
+            own["seed"] = config.seed + _TEACHER_SEED + stage
             teacher = str(self._run(f"stages/stage{stage}", config.method, config.epochs, **own))
         return teacher
 
-    def _run(self, name: str, method: str, epochs: int, **own: Any) -> Path:
-        path = self.folder / name
-        if _finished(path):
+    def _run(self, name: str, method: str, epochs: int | None, **own: Any) -> Path:
+        path, processes = self.folder / name, distributed.current()
+        finished, there = processes.agreed((_finished(path), path.exists()))
+        if finished:
             return path
         if self.train is None:
             raise InputError(
@@ -181,24 +188,25 @@ class _Runs:
             )
         config = self.config
         model = own.pop("model", config.model)
-        base = {"init": (), "replicas": 1, "baseline": False, "recipe": None, "epochs": epochs, "out": path}
-        base |= {"resume": path.exists(), "val_seed": config.seed if config.val_seed is None else config.val_seed}
+        base: dict[str, Any] = {"init": (), "replicas": 1, "baseline": False, "recipe": None, "epochs": epochs}
+        base |= {"out": path, "resume": there, "val_seed": config.seed if config.val_seed is None else config.val_seed}
         base["milestones"] = config.milestones if epochs == config.epochs else None
-        base["max_time"] = None if config.max_time is None else self._minutes_left()
+        base["max_time"] = None if config.max_time is None else self._minutes_left(config.max_time)
         single = dataclasses.replace(adapted(config, method=method, model=model), **{**base, **own})
         try:
             summary = self.train(single)
         except InterruptedRun as error:
             raise InterruptedRun(
                 f"interrupted while training {path}; its checkpoint is written, go on with: fastfuse train --resume "
-                f"--out {self.folder}"
+                f"--out {self.folder}",
+                status=error.status,
             ) from error
         if not summary["completed"]:
             raise OutOfTime
         return path
 
-    def _minutes_left(self) -> float:
-        left = self.config.max_time - (time.monotonic() - self.began) / 60
+    def _minutes_left(self, max_time: float) -> float:
+        left = distributed.current().agreed(max_time - (time.monotonic() - self.began) / 60)
         if left <= 0:
             raise OutOfTime
         return left

@@ -12,8 +12,9 @@ from torch import nn
 
 from fastfuse import info
 from fastfuse.config import TrainConfig, adapted
-from fastfuse.data import Dataset, EvaluationBatches, Split
+from fastfuse.data import Dataset, Split, evaluation_batches
 from fastfuse.errors import FastfuseError, InputError
+from fastfuse.models._blocks import last_channels
 from fastfuse.nn.factor import Paraphraser
 from fastfuse.nn.teachers import Teachers
 from fastfuse.train import build
@@ -92,9 +93,9 @@ def reconstruct(networks: Sequence[str], config: TrainConfig) -> list[Reconstruc
         summary = train(single)
         if not summary["completed"]:
             raise FastfuseError(f"--max-time ended the paraphraser of {entry}: go on with --resume")
-        state = read_weights(single.out / "paraphraser.safetensors")
+        state = read_weights(Path(summary["run"]) / "paraphraser.safetensors")
         factor_channels = state["encoder.conv3.weight"].shape[0]
-        channels = teacher.feature_channels[-1]
+        channels = last_channels(teacher)
         paraphraser = Paraphraser(channels, factor_channels)
         paraphraser.load_state_dict(state)
         device = build.pick_device(config.device)
@@ -121,6 +122,7 @@ def save(rows: Sequence[Reconstruction], config: TrainConfig) -> list[Path]:
     Raises:
         InputError: matplotlib is not installed; the table is written nevertheless.
     """
+    assert config.out is not None  # see `configured`
     table, picture = config.out / TABLE, config.out / PICTURE
     found = {
         "rows": [row._asdict() for row in rows],
@@ -163,18 +165,20 @@ def draw(rows: Sequence[Reconstruction], path: Path) -> None:
 
 def _single(config: TrainConfig, index: int, entry: str) -> TrainConfig:
     """The run of one network's paraphraser."""
+    assert config.out is not None  # see `reconstruct`
     out = config.out / f"{index}-{Path(entry).name.replace(':', '-')}"
-    own = {"teachers": (entry,), "teacher_model": config.teacher_model, "factor_ratio": config.factor_ratio}
+    own: dict[str, Any] = {"teachers": (entry,), "teacher_model": config.teacher_model}
     own |= {"students": None, "init": (), "baseline": False, "replicas": 1, "ema": 0.0}
-    own |= {"out": out, "resume": config.resume and out.exists()}
+    own |= {"factor_ratio": config.factor_ratio, "out": out, "resume": config.resume and out.exists()}
     return dataclasses.replace(adapted(config, method="paraphraser"), **own)
 
 
 def _errors(teachers: Teachers, paraphraser: nn.Module, dataset: Dataset, split: Split) -> tuple[float, float]:
-    batches = EvaluationBatches(split, mean=dataset.mean, std=dataset.std, batch_size=EVALUATION_BATCH)
+    batches = evaluation_batches(split, mean=dataset.mean, std=dataset.std, batch_size=EVALUATION_BATCH)
     batches.start()
     wrong, size, count = 0.0, 0.0, 0
-    for images in batches.counts:
+    for step, images in enumerate(batches.counts):
+        batches.fetch(step)
         ((_, features),) = teachers(batches.draw(images)[0])
         feature = features[-1]
         wrong += (paraphraser(feature) - feature).abs().sum(dtype=torch.float64).item()

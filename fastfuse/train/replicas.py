@@ -43,7 +43,7 @@ def _own_state(method: Replicas, replica: int, state: Mapping[str, Any]) -> dict
     """A checkpoint of all replicas as that of a run of one."""
     prefix = f"{method.names[replica]}/"
     position = dict(state["position"])
-    position["history"] = [_own_line(line, prefix) for line in position["history"]]
+    position["history"] = [own_line(line, prefix) for line in position["history"]]
     position["best"] = _named(position["best"], prefix)
     terms = {**state["terms"], "sums": _named(state["terms"]["sums"], prefix)}
     return {
@@ -56,7 +56,8 @@ def _own_state(method: Replicas, replica: int, state: Mapping[str, Any]) -> dict
     }
 
 
-def _own_line(line: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+def own_line(line: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """An epoch's line of all replicas as that of the one whose names start with `prefix`."""
     parts = ("losses", "accuracy", "validation")
     return {**line, **{part: _named(line[part], prefix) for part in parts if part in line}}
 

@@ -16,7 +16,8 @@ from fastfuse.train.build import resolved
 _TELLING = {"init", "teachers", "aggregation_file", "data_path", "strategy"}
 # Seeds stand beside each column, and what says nothing about results stays out.
 _LEFT_OUT = (configuration.RUNTIME_FIELDS - _TELLING) | {"seed", "replicas"}
-_DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError)
+# What reading such a file raises.
+DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError)
 
 Accuracies = dict[str, dict[str, dict[int, float]]]
 
@@ -75,8 +76,20 @@ def read_run(path: Path) -> Run:
         return Run(path, told, seeds, int(results["epochs"]), int(values["epochs"]), accuracy, results)
     except InputError:
         raise
-    except _DAMAGE as error:
-        raise _damaged(file, error) from error
+    except DAMAGE as error:
+        raise damaged(file, error) from error
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, one for each epoch that has ended.
+
+    Raises:
+        InputError: there is no such file, or it is damaged.
+    """
+    lines = _read(path / "metrics.jsonl", _lines)
+    if not lines:
+        raise InputError(f"{path} has no metrics.jsonl with an epoch: restore it from a copy")
+    return lines
 
 
 def _told(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -92,8 +105,8 @@ def _told(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         with contextlib.suppress(InputError):  # what another version took
             config = resolved(config)
         values = configuration.to_plain(config) | others
-    except _DAMAGE as error:
-        raise _damaged(path / "config.json", error) from error
+    except DAMAGE as error:
+        raise damaged(path / "config.json", error) from error
     told = {name: value for name, value in values.items() if name not in _LEFT_OUT}
     if not told["val_fraction"]:
         told["val_seed"] = None  # draws nothing
@@ -106,15 +119,16 @@ def _read(path: Path, parse: Any) -> Any:
         return parse(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except _DAMAGE as error:
-        raise _damaged(path, error) from error
+    except DAMAGE as error:
+        raise damaged(path, error) from error
 
 
 def _lines(text: str) -> list[Any]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def _damaged(path: Path, error: Exception) -> InputError:
+def damaged(path: Path, error: Exception) -> InputError:
+    """The error about a file whose content cannot be a run's."""
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
     again = "" if path.name == "config.json" else ", or have it written anew with fastfuse train --resume"
     return InputError(f"{path} is damaged or not a run's file ({reason}): restore it from a copy{again}")

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from fastfuse.config import TrainConfig
-from fastfuse.data import Dataset
+from fastfuse.data import Dataset, lost_workers_explained
 from fastfuse.errors import FastfuseError, InputError
 from fastfuse.methods import Method
-from fastfuse.train import build, checkpoint, loggers, modes, preliminary
+from fastfuse.train import build, checkpoint, distributed, loggers, modes, preliminary
 from fastfuse.train.loop import Trainer
 from fastfuse.train.record import RunFolder
 
@@ -31,25 +31,58 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     Raises:
         FastfuseError: bad input, before anything is written; a loss that is not finite or a disk that is full, with
-            the last good checkpoint kept; InterruptedRun after Ctrl-C.
+            the last good checkpoint kept; InterruptedRun after Ctrl-C, SIGTERM or SIGUSR1.
     """
-    config = build.resolved(config)
+    processes = distributed.current()
+    config = distributed.configured(build.resolved(config), processes)
     loggers.check(config.log)
-    if config.out is None:
+    out = config.out
+    if out is None:
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         networks = config.networks.replace(":", "-").replace("/", "-")
-        config = dataclasses.replace(config, out=Path("runs") / f"{stamp}_{config.method}_{networks}_{config.data}")
-    run = RunFolder(config.out)
-    device = build.pick_device(config.device)
+        out = processes.agreed(Path("runs") / f"{stamp}_{config.method}_{networks}_{config.data}")
+        config = dataclasses.replace(config, out=out)
+    run = RunFolder(out)
+    device = distributed.pick_device(config.device)
     modes.pick_mode(config.mode, device)  # refuses what the device cannot do
     config = dataclasses.replace(config, amp=modes.pick_amp(config.amp, device))
-    dataset = build.load_data(config)
-    resuming = config.resume and run.checkpoint.exists()
+    with processes.leader_first():  # who may have to download it
+        dataset = build.load_data(config)
+    resuming = processes.agreed(config.resume and bool(checkpoint.kept(run.checkpoint)))
     state = checkpoint.load_matching(run.checkpoint, config, dataset.fingerprint()) if resuming else None
     # First without what must be trained before, so that bad input is found before hours of it.
     standing, given = preliminary.stand_in(config, dataset.num_classes)
     method = _assembled(standing, dataset, given, fresh=state is None).to(device)
-    method.arrange(config.strategy)
+    distributed.arrange(method, config.strategy, processes)
+    if processes.leads:
+        _begin(run, config)
+    processes.wait()
+    began = time.monotonic()
+    if given:
+        try:
+            given = preliminary.prepared(config, dataset.num_classes, train)
+        except preliminary.OutOfTime:
+            processes.wait()
+            return {"run": str(run.path), "networks": {}, "completed": False}
+        method = _assembled(config, dataset, given, fresh=state is None).to(device)
+        distributed.arrange(method, config.strategy, processes)
+    if config.max_time is not None:
+        left = config.max_time - (time.monotonic() - began) / 60
+        config = dataclasses.replace(config, max_time=max(left, 0.0))
+    explained = (_out_of_memory_explained(config), lost_workers_explained())
+    with closing(dataset), _arithmetic(config), explained[0], explained[1]:
+        trainer = Trainer(config, run, dataset, method, device, preliminary.fingerprint(given), processes)
+        if state is not None:
+            trainer.restore(state)
+        with trainer.loggers, trainer.writer:
+            summary = trainer.run_all()
+    if config.method == "dfa-search" and config.replicas == 1 and summary["networks"] and processes.leads:
+        _draw_search(run, quiet=config.quiet)
+    processes.wait()  # until all files are there, which others may read next
+    return summary
+
+
+def _begin(run: RunFolder, config: TrainConfig) -> None:
     created = run.claim(resume=config.resume)
     try:
         run.write_config(config)
@@ -57,26 +90,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
         if created:
             run.path.rmdir()
         raise
-    began = time.monotonic()
-    if given:
-        try:
-            given = preliminary.prepared(config, dataset.num_classes, train)
-        except preliminary.OutOfTime:
-            return {"run": str(run.path), "networks": {}, "completed": False}
-        method = _assembled(config, dataset, given, fresh=state is None).to(device)
-        method.arrange(config.strategy)
-    if config.max_time is not None:
-        left = config.max_time - (time.monotonic() - began) / 60
-        config = dataclasses.replace(config, max_time=max(left, 0.0))
-    with modes.float32_products(tf32=config.tf32), _out_of_memory_explained(config):
-        trainer = Trainer(config, run, dataset, method, device, preliminary.fingerprint(given))
-        if state is not None:
-            trainer.restore(state)
-        with trainer.loggers:
-            summary = trainer.run_all()
-    if config.method == "dfa-search" and config.replicas == 1 and summary["networks"]:
-        _draw_search(run, quiet=config.quiet)
-    return summary
 
 
 def _draw_search(run: RunFolder, *, quiet: bool) -> None:
@@ -92,12 +105,19 @@ def _draw_search(run: RunFolder, *, quiet: bool) -> None:
 
 def _assembled(config: TrainConfig, dataset: Dataset, given: dict[str, Any], *, fresh: bool) -> Method:
     """The method with its initial weights, tried out; of a run that is resumed without either."""
-    shapes = {"num_classes": dataset.num_classes, "given": given, "image_size": dataset.image_size}
+    shapes: dict[str, Any] = {"num_classes": dataset.num_classes, "given": given, "image_size": dataset.image_size}
     method = build.make_method(config, **shapes)
     if fresh:
         build.initial_weights(method, config.init)
-        build.try_out(method, dataset, config.batch_size)
+        share = config.accumulate * (1 if config.sync_batchnorm else distributed.current().count)
+        build.try_out(method, dataset, config.batch_size, divided=share)
     return build.with_replicas(method, config, **shapes)
+
+
+@contextmanager
+def _arithmetic(config: TrainConfig) -> Iterator[None]:
+    with modes.float32_products(tf32=config.tf32), modes.reproducible(on=config.deterministic):
+        yield
 
 
 @contextmanager

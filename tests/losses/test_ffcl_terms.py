@@ -112,6 +112,22 @@ def test_a_student_that_says_what_the_virtual_teacher_says_has_no_regularisation
     assert positive_knowledge([same + torch.randn_like(same)], labels, temperature, form).item() > 1e-4
 
 
+def test_the_regularisation_is_exact_in_float32_and_compiled() -> None:
+    """T^2 multiplies its rounding; mixed with float64, PyTorch 2.11 compiled another gradient."""
+    logits, labels = torch.randn(2, 16, 100) * 3, torch.arange(16)
+
+    def value_and_gradient(function, rows):
+        rows = rows.requires_grad_()
+        value = function([*rows.unbind()], labels, 20.0, "virtual")
+        return value.detach(), torch.autograd.grad(value.sum(), rows)[0]
+
+    truth = value_and_gradient(positive_knowledge, logits.double())
+    for function in (positive_knowledge, torch.compile(positive_knowledge, fullgraph=True, dynamic=False)):
+        for ours, exact in zip(value_and_gradient(function, logits.clone()), truth, strict=True):
+            assert ours.dtype == torch.float32
+            torch.testing.assert_close(ours.double(), exact, rtol=2e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("weight", "kinds", "heads"),
     [

@@ -20,7 +20,6 @@ def test_every_term_and_gradient_is_within_the_error_budget(golden, name, steps)
     assert not over
 
 
-# float64 is not the kernels': ffcl's virtual teacher stays with the reference, everything else of it does not.
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("ffsd", "ffl")])
 def test_every_method_runs_on_the_kernels(name, monkeypatch):
     """One forward and backward on Triton alone, beside the eager reference, against float64."""

@@ -68,10 +68,11 @@ def test_a_cpu_runs_them_one_after_another_if_it_may_choose():
 
 
 @pytest.mark.parametrize("strategy", ["loop", "grouped"])
-def test_googlenet_is_folded_and_not_stacked(strategy):
+def test_googlenet_is_folded_and_not_stacked(strategy, caplog):
     given = networks("googlenet", "googlenet")
     teachers = Teachers(given)
     teachers.arrange(strategy)
+    assert ("2 teachers run one after another, not grouped: " in caplog.text) == (strategy == "grouped")
     same(tensors(teachers(IMAGES[:1])), alone(given, IMAGES[:1]))
     assert (norms(teachers._running), len(teachers._running)) == (0, 2)
 

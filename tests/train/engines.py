@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,17 +37,18 @@ def make(
     compiled: bool = False,
     strategy: str = "loop",
     device: str = "cpu",
+    **guards: Any,
 ) -> Engine:
     """An engine at the start of a run, of the same weights and images each time."""
     torch.manual_seed(0)
     method = making.make(name, num_classes=5).to(device).train()
     method.arrange(strategy)
-    step = TrainStep(method, build_optimizers(method, lr=0.02), amp=amp, compiled=compiled)
+    step = TrainStep(method, build_optimizers(method, lr=0.02, **guards), amp=amp, compiled=compiled)
     batches = data.TrainingBatches(
         dataset().to(device), batch_size=BATCH, parts=method.image_parts, memory_format=step.memory_format
     )
     average = MovingAverage(method, ema) if ema else None
-    return Engine(step, batches, TermLog(50, device), average=average, graphed=graphed)
+    return Engine(step, batches, TermLog(50, device, max_bad=32), average=average, graphed=graphed)
 
 
 def run_epoch(engine: Engine, epoch: int = 0, after_step: Callable[[], None] = lambda: None, *, seed: int = 0) -> None:

@@ -1,58 +1,77 @@
-"""`fastfuse train` in a process that kills itself with SIGKILL at a chosen moment.
+"""`fastfuse` in a process that is struck by a real signal at chosen moments.
 
-    python killable.py MOMENT COUNT OPTIONS...
+    python killable.py FAULT MOMENTS OPTIONS...
 
-MOMENT: step (after the COUNT-th training step), write (half-way through the COUNT-th checkpoint), rename (written
-but not yet renamed), metrics (half-way through the COUNT-th metrics file), never.
+FAULT: process (SIGKILL), term (SIGTERM), usr1 (SIGUSR1), worker (SIGKILL of one that decodes images), rank (SIGKILL of
+one of several processes).
+MOMENTS: MOMENT:COUNT with commas between them, one for each time that torchrun starts the processes. MOMENT: step
+(within the COUNT-th training step, between backward and update), write (half-way through the COUNT-th checkpoint),
+rename (written but not yet renamed), metrics (between epochs, half-way through the COUNT-th metrics file), any (COUNT
+milliseconds after the start, before fastfuse and torch are imported), never.
+
+Where STEPS names a file, every step that is done is a line of it.
 """
 
+import multiprocessing
 import os
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
-from fastfuse import cli
-from fastfuse.train import checkpoint, record
-from fastfuse.train.step import TrainStep
+SIGNALS = {"term": signal.SIGTERM, "usr1": signal.SIGUSR1}
 
 
-def main() -> int:
-    moment, count, options = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+def strike(fault: str) -> None:
+    """Now; where there is no worker yet, as soon as there is one."""
+    victim = os.getpid()
+    if fault == "worker":
+        while not (workers := multiprocessing.active_children()):
+            time.sleep(0.01)
+        victim = workers[0].pid
+    os.kill(victim, SIGNALS.get(fault, signal.SIGKILL))
+
+
+def arrange(fault: str, moment: str, count: int) -> None:
+    """Have this process struck when a moment has come so many times."""
+    from fastfuse.train import checkpoint, record
+    from fastfuse.train.optim import Optimizers
+
     seen = 0
 
-    def die_if_due() -> None:
+    def due() -> None:
         nonlocal seen
         seen += 1
         if seen == count:
-            os.kill(os.getpid(), signal.SIGKILL)
+            strike(fault)
 
     if moment == "step":
-        run_step = TrainStep.__call__
+        update = Optimizers.step
 
         def step(self, *arguments):
-            output = run_step(self, *arguments)
-            die_if_due()
-            return output
+            due()
+            return update(self, *arguments)
 
-        TrainStep.__call__ = step
+        Optimizers.step = step
     elif moment in ("write", "metrics"):
         module, suffix = (checkpoint, "checkpoint.pt") if moment == "write" else (record, "metrics.jsonl")
         write_whole = module.write_atomic
 
-        def write(path, write_bytes):
+        def write(path, write_bytes, **options):
             if not path.name.endswith(suffix):
-                return write_whole(path, write_bytes)
+                return write_whole(path, write_bytes, **options)
 
             def half(file):
                 write_bytes(file)
                 file.flush()
                 file.truncate(file.tell() // 2)
-                die_if_due()
+                due()
                 file.seek(0)
                 file.truncate()
                 write_bytes(file)
 
-            return write_whole(path, half)
+            return write_whole(path, half, **options)
 
         module.write_atomic = write
     elif moment == "rename":
@@ -60,10 +79,41 @@ def main() -> int:
 
         def rename(self, target):
             if Path(target).name == "checkpoint.pt":
-                die_if_due()
+                due()
             return replace(self, target)
 
         Path.replace = rename
+
+
+def count_steps(path: str) -> None:
+    """Note the place of every step in a file, whose lines outlive this process."""
+    from fastfuse.train.terms import TermLog
+
+    file, count = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), TermLog.count
+
+    def noted(self, *, epoch, step, images):
+        count(self, epoch=epoch, step=step, images=images)
+        os.write(file, f"{epoch} {step}\n".encode())
+
+    TermLog.count = noted
+
+
+def main() -> int:
+    fault, moments, options = sys.argv[1], sys.argv[2].split(","), sys.argv[3:]
+    attempt, rank = (int(os.environ.get(name, "0")) for name in ("TORCHELASTIC_RESTART_COUNT", "RANK"))
+    moment, count = (moments[attempt] if attempt < len(moments) else "never:0").split(":")
+    # The first process writes; in a step or anywhere, the second one falls.
+    doomed = "RANK" not in os.environ or rank == (0 if moment in ("write", "rename", "metrics") else 1)
+    if moment == "any" and doomed:
+        timer = threading.Timer(int(count) / 1000, strike, [fault])
+        timer.daemon = True
+        timer.start()
+    from fastfuse import cli
+
+    if doomed:
+        arrange(fault, moment, int(count))
+    if "STEPS" in os.environ and rank == 0:
+        count_steps(os.environ["STEPS"])
     return cli.main(options)
 
 

@@ -37,8 +37,8 @@ class Seen(TorchDispatchMode):
 
 FORMS = {
     "float32": {},
-    "bfloat16": {"amp": "bf16"},
-    "loss scaling and averaged weights": {"amp": "fp16", "ema": 0.9},
+    "bfloat16, clipped and guarded": {"amp": "bf16", "clip_norm": 1.0, "skip_bad": True},
+    "loss scaling and averaged weights": {"amp": "fp16", "ema": 0.9, "skip_bad": True},
 }
 
 
@@ -141,7 +141,7 @@ def recorded_graphs(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
         yield
 
     @contextmanager
-    def graph(recorded: Recorded, pool: object) -> Iterator[None]:
+    def graph(recorded: Recorded, pool: object, capture_error_mode: str) -> Iterator[None]:
         # The work of the capture is undone, since a real one only notes it.
         saved = [(x, x.detach().clone()) for x in recorded.state()]
         graphs.append(recorded)

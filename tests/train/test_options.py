@@ -26,9 +26,11 @@ CHANGES_WEIGHTS = {
     "flip": ("--flip False", ""),
     "epochs": ("--epochs 3", ""),
     "batch_size": ("--batch-size 20", ""),
+    "accumulate": ("--accumulate 2", ""),
     "seed": ("--seed 1", ""),
     "lr": ("--lr 0.03", ""),
     "momentum": ("--momentum 0.8", ""),
+    "clip_norm": ("--clip-norm 0.1", ""),
     "nesterov": ("--no-nesterov", ""),
     "weight_decay": ("--weight-decay 0.01", ""),
     "fusion_weight_decay": ("--fusion-weight-decay 0.01", ""),
@@ -96,10 +98,14 @@ HAS_OWN_TEST = {
     "data_path": "below",
     "download": "below",
     "image_size": "test_imagefolder.py",
+    "stream": "test_streaming_run.py",
+    "data_cache": "test_streaming_run.py",
+    "workers": "test_streaming_run.py",
     "channels_last": "below",
     "ema": "below",
     "mode": "test_modes.py",
     "tf32": "test_modes.py",
+    "sync_batchnorm": "test_distributed.py",
     "strategy": "test_strategies.py",
     "replicas": "test_replicas.py",
     "device": "below",
@@ -107,6 +113,9 @@ HAS_OWN_TEST = {
     "resume": "test_resume.py",
     "max_time": "below",
     "checkpoint_minutes": "below",
+    "keep_checkpoints": "below",
+    "max_bad_steps": "test_safety.py",
+    "deterministic": "test_safety.py",
     "log_interval": "below",
     "log": "test_loggers.py",
     "baseline": "below",
@@ -284,13 +293,20 @@ def test_max_time_stops_with_a_checkpoint_and_goes_on(train, capsys):
     assert epochs < again.summary["epochs"] < 50
 
 
+@pytest.mark.parametrize("keep", [1, 3])
+def test_keep_checkpoints_decides_how_many_stay(train, keep):
+    run = train("--keep-checkpoints", keep, "--checkpoint-minutes", 0)
+    names = [path.name for path in checkpoint.kept(run.path / "checkpoint.pt")]
+    assert names == ["checkpoint.pt", "checkpoint-1.pt", "checkpoint-2.pt"][:keep]
+
+
 def test_checkpoint_minutes_decides_how_often_an_epoch_is_saved(train, monkeypatch):
     saved = []
     original = checkpoint.save
 
-    def save(path, state):
+    def save(path, state, *, keep):
         saved.append((state["position"]["epoch"], state["position"]["step"]))
-        original(path, state)
+        original(path, state, keep=keep)
 
     monkeypatch.setattr("fastfuse.train.checkpoint.save", save)
     train("--checkpoint-minutes", "0", out="often")

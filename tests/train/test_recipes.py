@@ -8,6 +8,7 @@ from fastfuse.config import METHOD_FIELDS, TrainConfig, adapted, from_recipe, re
 from fastfuse.errors import InputError
 from fastfuse.methods import METHODS
 from fastfuse.train.build import make_method, resolved
+from fastfuse.train.schedule import learning_rate_factor
 from tests.methods import making
 
 FFSD_ROWS = [
@@ -20,8 +21,64 @@ TAUGHT_ROWS = ["cifar100-feed-resnet56"]
 DFA_ROWS = [f"cifar100-dfa-{model}" for model in ("wrn16_4", "wrn28_2", "wrn16_2", "resnet56")]
 
 
+IMAGENET_ROWS = [f"imagenet-{name}" for name in ("resnet18", "resnet34", "ffl-resnet34", "feed-resnet18")]
+
+
 def test_there_is_a_recipe_for_every_row_whose_model_exists():
-    assert set(recipes()) == {*FFSD_ROWS, *BRANCH_ROWS, *TAUGHT_ROWS, *DFA_ROWS}
+    assert set(recipes()) == {*FFSD_ROWS, *BRANCH_ROWS, *TAUGHT_ROWS, *DFA_ROWS, *IMAGENET_ROWS}
+
+
+IMAGENET = {
+    "data": "imagenet",
+    "image_size": 224,
+    "epochs": 90,
+    "batch_size": 256,
+    "lr": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 1e-4,
+    "gamma": 0.1,
+}
+
+
+@pytest.mark.parametrize("name", ["imagenet-resnet18", "imagenet-resnet34"])
+def test_ffsd_recipes_of_imagenet_hold_the_published_values(name):
+    recipe = resolved(from_recipe(name))
+    published = IMAGENET | {
+        "method": "ffsd",
+        "model": name.removeprefix("imagenet-"),
+        "students": 2,
+        "nesterov": True,
+        "fusion_weight_decay": 1e-5,
+        "transform_lr": 1e-3,
+        "transform_weight_decay": 1e-4,
+        "milestones": (30, 60, 80),
+        "warmup_epochs": 5,
+        "temperature": 2.0,
+        "rampup_epochs": 5,
+        "lambda_diversity": 1e-5,
+        "lambda_fusion": 10.0,
+        "lambda_self_distillation": 1000.0,
+        "diversity_mode": "published",
+    }
+    assert {key: getattr(recipe, key) for key in published} == published
+    # As the program warms up: after s of n steps of an epoch the rate is (1 + s + epoch n) / (5 n) of the first.
+    factors = [learning_rate_factor(recipe, epoch, step, 10) for epoch in range(90) for step in range(10)]
+    assert factors[:50] == pytest.approx([(1 + i) / 50 for i in range(50)])
+    assert [factors[10 * e] for e in (5, 29, 30, 59, 60, 79, 80, 89)] == pytest.approx(
+        [1, 1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+    )
+
+
+def test_the_other_recipes_of_imagenet_hold_the_values_of_their_page():
+    ffl, feed = (resolved(from_recipe(f"imagenet-{name}")) for name in ("ffl-resnet34", "feed-resnet18"))
+    shared = IMAGENET | {"milestones": (30, 60)}
+    own = {"method": "ffl", "model": "resnet34", "students": 2, "nesterov": True, "temperature": 3.0}
+    own |= {"sharing": "shared", "rampup_epochs": 24.0, "kl_target_epsilon": 1e-7, "fusion_weight_decay": 1e-5}
+    assert {key: getattr(ffl, key) for key in shared | own} == shared | own
+    own = {"method": "feed-parallel", "model": "resnet18", "students": 1, "nesterov": False, "teacher_epochs": 90}
+    own |= {"teacher_model": "resnet18", "teacher_count": 3, "factor_weight": 500.0, "factor_targets": "raw"}
+    own |= {"teacher_reduction": "sum", "translator_norm": False}
+    assert {key: getattr(feed, key) for key in shared | own} == shared | own
 
 
 @pytest.mark.parametrize("name", FFSD_ROWS)

@@ -249,9 +249,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
     run_step, steps = TrainStep.__call__, []
 
-    def step(self, images, labels, progress):
+    def step(self, *arguments):
         steps.append(1)
-        output = run_step(self, images, labels, progress)
+        output = run_step(self, *arguments)
         if len(steps) == 5:  # epoch 2, step 2
             output.terms["leader_kl"].fill_(float("nan"))
             output.terms["leader_ce"].fill_(float("inf"))
@@ -281,16 +281,16 @@ def test_weights_that_explode_in_the_last_step_do_not_replace_a_good_checkpoint(
 
     run_step, steps = TrainStep.__call__, []
 
-    def step(self, images, labels, progress):
+    def step(self, *arguments):
         steps.append(1)
-        output = run_step(self, images, labels, progress)
+        output = run_step(self, *arguments)
         if len(steps) == 6:
             with torch.no_grad():
                 next(self.method.parameters()).fill_(float("inf"))
         return output
 
     monkeypatch.setattr(TrainStep, "__call__", step)
-    assert "weights became" in refused(folder_remains=True)
+    assert "weights or statistics became" in refused(folder_remains=True)
     assert load(tmp_path / "run" / "checkpoint.pt")["position"]["epoch"] == 1
 
 
@@ -304,24 +304,71 @@ def test_a_disk_that_is_full_from_the_start_leaves_no_run(refused, monkeypatch):
     assert "No space left on device" in message and "config.json" in message
 
 
-def test_a_disk_that_fills_up_keeps_the_last_good_checkpoint(train, refused, tmp_path, monkeypatch):
-    saves, original = [], os.fsync
+@pytest.fixture
+def filling_disk(monkeypatch):
+    """A disk with no room for some of the writes of a kind of file: their numbers, from 1."""
 
-    def fsync(descriptor):
-        if "checkpoint" in os.readlink(f"/proc/self/fd/{descriptor}"):
-            saves.append(1)
-            if len(saves) == 2:
-                full_disk()
-        original(descriptor)
+    def fill(kind: str, numbers: range) -> None:
+        writes, original = [], os.fsync
 
-    monkeypatch.setattr(files.os, "fsync", fsync)
-    message = refused("--epochs", 3, folder_remains=True)
-    assert "No space left on device" in message and "checkpoint.pt" in message
+        def fsync(descriptor):
+            if kind in os.readlink(f"/proc/self/fd/{descriptor}"):
+                writes.append(1)
+                if len(writes) in numbers:
+                    full_disk()
+            original(descriptor)
+
+        monkeypatch.setattr(files.os, "fsync", fsync)
+
+    return fill
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [
+        pytest.param("checkpoint", 2, id="the second checkpoint"),
+        pytest.param("_best.safetensors", 1, id="the first best weights"),
+        pytest.param("metrics", 4, id="the second epoch's table"),  # the first two files are those of no epoch
+    ],
+)
+def test_a_disk_that_is_full_for_a_while_does_not_end_a_run(train, filling_disk, caplog, monkeypatch, kind, number):
+    filling_disk(kind, range(number, number + 1))
+    run = train("--epochs", 3)
+    assert len(caplog.messages) == 1, "one warning"
+    assert "No space left on device" in caplog.text and kind in caplog.text and "training goes on" in caplog.text
+    monkeypatch.undo()
+    whole = train("--epochs", 3, out="whole")
+    assert run.timeless_metrics() == whole.timeless_metrics()
+    assert (run.path / "metrics.csv").exists() and not list(run.path.glob("*.tmp"))
+    for file in whole.path.glob("*.safetensors"):
+        assert (run.path / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_disk_that_stays_full_keeps_the_last_good_one(train, tiny, tmp_path, filling_disk, capsys, monkeypatch):
+    filling_disk("checkpoint", range(2, 100))
+    assert cli.main([*tiny, "--epochs", "3", "--out", str(tmp_path / "run")]) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("fastfuse: cannot write") and "checkpoint.pt: No space left on device" in message
     assert load(tmp_path / "run" / "checkpoint.pt")["position"]["epoch"] == 1
     assert not list((tmp_path / "run").glob("*.tmp"))
     monkeypatch.undo()
     resumed = train("--epochs", 3, "--resume")
     assert resumed.timeless_metrics() == train("--epochs", 3, out="whole").timeless_metrics()
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(train, caplog):
+    run, whole = train("--epochs", 3), train("--epochs", 3, out="whole")
+    path = run.path / "checkpoint.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    assert load(run.path / "checkpoint-1.pt")["position"]["epoch"] == 2
+    again = train("--epochs", 3, "--resume")
+    assert "checkpoint.pt cannot be read" in caplog.text
+    assert "checkpoint-1.pt, the one before it, is used" in caplog.text
+    assert again.timeless_metrics() == whole.timeless_metrics()
+    ours, theirs = load(path)["method"], load(whole.path / "checkpoint.pt")["method"]
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 def test_a_real_limit_on_file_sizes(tiny, tmp_path):
@@ -336,7 +383,9 @@ def test_a_real_limit_on_file_sizes(tiny, tmp_path):
     command = [sys.executable, "-c", script, *tiny, "--out", str(out)]
     process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert process.returncode == 1
-    assert process.stderr.count("\n") == 1 and "cannot write" in process.stderr
+    *warnings, message = process.stderr.splitlines()
+    assert message.startswith("fastfuse: cannot write") and "checkpoint.pt" in message
+    assert warnings and all("training goes on" in warning for warning in warnings)
     assert not list(out.glob("*.tmp")) and not (out / "checkpoint.pt").exists()
 
 

@@ -21,7 +21,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 def run_process(moment: str, count: int, options: list[str], *, kill_after: float | None = None) -> int:
     """Exit status of a training process that is killed at a moment, or after so many seconds."""
-    command = [sys.executable, KILLABLE, moment, str(count), *options]
+    command = [sys.executable, KILLABLE, "process", f"{moment}:{count}", *options]
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if kill_after is not None:
         time.sleep(kill_after)

@@ -34,6 +34,7 @@ def test_a_run_folder_holds_what_is_promised(train, method):
     run = train("--method", method)
     deployed = METHODS[method].deployed
     names = {"config.json", "metrics.jsonl", "metrics.csv", "summary.json", "checkpoint.pt", f"{deployed}.safetensors"}
+    names |= {"checkpoint-1.pt", "keepsakes.npz"}
     if deployed in HEADS[method]:
         names.add(f"{deployed}_best.safetensors")
     found = {path.name for path in run.path.iterdir()} - {"aggregation.png"}  # where there is matplotlib

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fastfuse.errors import InputError
-from fastfuse.kernels import _dispatch, _numerics, _triton
+from fastfuse.kernels import _across, _dispatch, _numerics, _triton
 from fastfuse.kernels._numerics import BatchNorm
 from fastfuse.kernels.batch_norm_act import autograd, reference
 
@@ -60,11 +60,12 @@ def batch_norm_act(
             f"attention_groups must divide the {channels} channels of x, not be {attention_groups}; "
             "give the number of networks"
         )
-    if norm.training and batch * height * width == 1:
+    if norm.training and norm.across is None and batch * height * width == 1:
         raise InputError(
             f"norm takes batch statistics, which one value per channel does not have: x is {list(x.shape)}; "
             "give more samples or larger maps, or training=False"
         )
+    backend = _across.backend_for("batch_norm_act", backend, [norm])
     if _dispatch.resolve("batch_norm_act", backend, x) == "reference":
         return BatchNormAct(*reference.batch_norm_act(x, norm, residual, relu, attention_groups))
     _check_vectors(x, norm)

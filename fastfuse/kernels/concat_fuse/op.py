@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastfuse.errors import InputError
-from fastfuse.kernels import _dispatch, _extension, _numerics, _triton
+from fastfuse.kernels import _across, _dispatch, _extension, _numerics, _triton
 from fastfuse.kernels._numerics import BatchNorm
 from fastfuse.kernels.concat_fuse import autograd, checks, reference
 
@@ -185,6 +185,7 @@ def concat_fuse_all(modules: Sequence[Fusion], *, backend: str = "auto") -> list
         raise InputError("modules must hold at least one fusion module")
     for module in modules:
         checks.check_module(module)
+    backend = _across.backend_for("concat_fuse", backend, [norm for m in modules for norm in (m.norm1, m.norm2)])
     served = {_dispatch.resolve("concat_fuse", backend, module.features[0]) for module in modules}
     if served == {"reference"}:
         return [_reference(module) for module in modules]

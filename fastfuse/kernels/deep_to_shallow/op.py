@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastfuse.errors import InputError
-from fastfuse.kernels import _dispatch, _triton
+from fastfuse.kernels import _across, _dispatch, _triton
 from fastfuse.kernels.deep_to_shallow import checks, outputs, reference
 from fastfuse.kernels.deep_to_shallow.autograd import DeepToShallow, StageOptions, attention_chain
 from fastfuse.kernels.deep_to_shallow.checks import Stage, Transform
@@ -65,6 +65,8 @@ def deep_to_shallow(
         checks.checked(name, *given, attention) for name, *given in zip(names, xs, chains, wanted, shifts, strict=True)
     ]
     checks.check_statistics(transforms)
+    norms = [norm for one in transforms for _, norm in one.stages]
+    backend = _across.backend_for("deep_to_shallow", backend, norms)
     if {_dispatch.resolve("deep_to_shallow", backend, one.x) for one in transforms} == {"triton"}:
         found = _fused(names, transforms, attention)
     elif attention:

@@ -1,0 +1,107 @@
+"""One image: which part of it is shown, and which pixels come out."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fastfuse.data import crops
+from tests.data.jpegs import Image, picture
+
+transforms = pytest.importorskip("torchvision.transforms", reason="no torchvision")
+v2 = pytest.importorskip("torchvision.transforms.v2", reason="no torchvision")
+
+
+def boxes(height: int, width: int, count: int = 4000) -> np.ndarray:
+    return np.array([crops.random_box(height, width, crops.generator(7, position)) for position in range(count)])
+
+
+def test_a_random_part_keeps_the_rules_of_area_and_aspect():
+    height, width = 300, 500
+    top, left, h, w = boxes(height, width).T
+    assert (top >= 0).all() and (left >= 0).all() and (top + h <= height).all() and (left + w <= width).all()
+    # Each side is rounded to a pixel, by half a pixel at most.
+    assert ((h + 0.5) * (w + 0.5) >= 0.08 * height * width).all()
+    assert ((h - 0.5) * (w - 0.5) <= height * width).all()
+    assert ((w + 0.5) / (h - 0.5) >= 3 / 4).all() and ((w - 0.5) / (h + 0.5) <= 4 / 3).all()
+    # The ends of both ranges are reached, and every place.
+    assert (h * w).min() < 0.09 * height * width and (h * w).max() > 0.7 * height * width
+    assert (w / h).min() < 0.77 and (w / h).max() > 1.3
+    small = h < 120
+    assert top[small].min() < 5 and (top + h)[small].max() > height - 5
+    assert left[small].min() < 5 and (left + w)[small].max() > width - 5
+
+
+def test_area_and_aspect_are_drawn_uniformly_where_everything_fits(monkeypatch):
+    monkeypatch.setattr(crops, "AREA", (0.05, 0.5))  # of a square every such part fits
+    _, _, h, w = boxes(1000, 1000).T
+    share, aspect = h * w / 1e6, np.log(w / h) / math.log(4 / 3)
+    for values, low, high in ((share, 0.05, 0.5), (aspect, -1.0, 1.0)):
+        quarters = np.histogram(values, bins=4, range=(low, high))[0]
+        # Each has 1000 +- 27 of 4000; five deviations.
+        assert (abs(quarters - 1000) < 140).all(), quarters
+    assert abs(np.corrcoef(share, aspect)[0, 1]) < 5 / math.sqrt(4000)
+
+
+@pytest.mark.parametrize(("height", "width", "box"), [(10, 900, (0, 443, 10, 13)), (900, 12, (442, 0, 16, 12))])
+def test_where_no_part_fits_it_is_the_centre_with_the_nearest_aspect(height, width, box, monkeypatch):
+    monkeypatch.setattr(crops, "AREA", (1.0, 1.0))
+    assert crops.random_box(height, width, crops.generator(0, 0)) == box
+
+
+def test_draws_belong_to_the_position_alone():
+    alone = crops.random_box(300, 500, crops.generator(3, 12))
+    assert [crops.random_box(300, 500, crops.generator(3, p)) for p in range(20)][12] == alone
+    assert crops.random_box(300, 500, crops.generator(4, 12)) != alone
+
+
+def decoded(image: Image.Image, form: str = "JPEG", **options: object) -> tuple[np.ndarray, torch.Tensor]:
+    """What Pillow and what we make of the same file."""
+    import tempfile
+    from pathlib import Path
+
+    content = io.BytesIO()
+    image.save(content, form, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "image.jpg"  # the name says nothing about what is in it
+        path.write_bytes(content.getvalue())
+        return np.array(Image.open(content).convert("RGB")), crops.read(path)
+
+
+@pytest.mark.parametrize("kind", ["RGB", "L", "CMYK"])
+def test_jpeg_files_become_rgb(kind):
+    theirs, ours = decoded(picture(np.random.default_rng(1), 37, 50).convert(kind), quality=90)
+    assert ours.dtype == torch.uint8 and ours.shape == (3, 37, 50)
+    assert ours.stride() == (1, 150, 3), "the channels lie last in memory"
+    assert (ours.permute(1, 2, 0).int() - torch.from_numpy(theirs).int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["RGB", "RGBA", "P", "1"])
+def test_other_files_go_through_pillow(kind):
+    theirs, ours = decoded(picture(np.random.default_rng(1), 9, 11).convert(kind), "PNG")
+    assert np.array_equal(ours.permute(1, 2, 0).numpy(), theirs)
+
+
+@pytest.mark.parametrize("size", [(375, 500), (60, 41), (256, 256), (20, 90)])
+def test_evaluation_pixels_are_those_of_torchvision(size):
+    image = torch.from_numpy(np.array(picture(np.random.default_rng(2), *size))).permute(2, 0, 1)
+    ours = crops.centre_crop(crops.scaled(image, 224), 224)
+    theirs = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224)])(image)
+    assert ours.shape == (3, 224, 224) and torch.equal(ours, theirs)
+    # Those of Pillow, which the published trainer has, and of the older transforms, which resize in float32.
+    older = transforms.Compose([transforms.Resize(256, antialias=True), transforms.CenterCrop(224)])
+    pillow = older(transforms.ToPILImage()(image))
+    for other in (torch.from_numpy(np.array(pillow)).permute(2, 0, 1), older(image)):
+        assert (ours.int() - other.int()).abs().max() <= 1
+
+
+def test_training_pixels_are_those_of_the_part_that_was_drawn():
+    original = picture(np.random.default_rng(3), 90, 120)
+    image = torch.from_numpy(np.array(original)).permute(2, 0, 1)
+    for position in range(5):
+        top, left, h, w = crops.random_box(90, 120, crops.generator(1, position))
+        part = original.crop((left, top, left + w, top + h)).resize((32, 32), Image.Resampling.BILINEAR)
+        ours = crops.random_crop(image, 32, crops.generator(1, position))
+        assert (ours.permute(1, 2, 0).int() - torch.from_numpy(np.array(part)).int()).abs().max() <= 1
