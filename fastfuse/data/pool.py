@@ -64,7 +64,13 @@ class Pool:
     def close(self) -> None:
         """End the processes; `begin` starts new ones."""
         self._turn += 1
+        results: Any = self._results
         self._loader, self._results = None, iter(())
+        if (shut_down := getattr(results, "_shutdown_workers", None)) is not None:
+            shut_down()
+            # One that waits for a lock which a killed one held never ends, and would not hear torch's SIGTERM.
+            for worker in results._workers:
+                worker.kill()
 
     def _handed_out(self, turn: int) -> Iterator[Any]:
         while True:

@@ -28,6 +28,12 @@ _ops: dict[str, dict[str, WhyNot | None]] = {}
 _process_default: str | None = None
 
 
+def constant_to_the_compiler(function: Any) -> Any:
+    """What `torch.compiler.assume_constant_result` does, which imports the compiler for it: 1.4 s of every start."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 def register(op: str, backends: Mapping[str, WhyNot | None]) -> None:
     """Declare an op and its backends, the preferred one first."""
     _ops[op] = dict(backends)
@@ -77,7 +83,7 @@ def resolve(op: str, backend: str = "auto", tensor: Tensor | None = None) -> str
 
 
 # A constant to torch.compile, which cannot trace how it is found.
-@torch.compiler.assume_constant_result
+@constant_to_the_compiler
 def _measured(op: str, device: int | None) -> str | None:
     """The backend that was measured to be the fastest for an op on a GPU."""
     row = preferences().get(_gpu_name(device), {}).get(op)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastfuse.errors import InputError
-from fastfuse.kernels import _build, _library, _triton
+from fastfuse.kernels import _build, _dispatch, _library, _triton
 
 PACKAGE = Path(__file__).parent
 
@@ -68,7 +68,7 @@ def why_not(tensor: Tensor | None) -> str | None:
     return unloadable()
 
 
-@torch.compiler.assume_constant_result
+@_dispatch.constant_to_the_compiler
 def unloadable() -> str | None:
     """Load the library at the first call; the reason if it cannot be loaded."""
     return _loaded()

@@ -8,6 +8,7 @@ a run that nobody struck. Prints a table; exit status 1 if a run did not survive
 """
 
 import argparse
+import itertools
 import os
 import random
 import signal
@@ -85,7 +86,9 @@ def write_data(folder: Path) -> dict[str, list[str]]:
     arrays = {f"{s}_images": generator.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8) for s, n in sizes.items()}
     arrays |= {f"{split}_labels": np.arange(count) % 3 for split, count in sizes.items()}
     np.savez(folder / "tiny.npz", **arrays)
-    images = jpegs.write(folder / "images", {f"{s}/{c}": 10 if s == "train" else 3 for s in ("train", "val") for c in "abc"})
+    images = jpegs.write(
+        folder / "images", {f"{s}/{c}": 10 if s == "train" else 3 for s in ("train", "val") for c in "abc"}
+    )
     where = {DIGITS: ["--data-path", str(folder / "tiny.npz")], JPEGS: ["--data-root", str(images)]}
     return {name: [*SMALL.split(), *fault.options.split(), *where[fault.options]] for name, fault in FAULTS.items()}
 
@@ -110,7 +113,7 @@ def started(name: str, moments: list[str], options: list[str], steps: Path) -> t
     launcher = [*TORCHRUN, "--max-restarts", str(len(moments))] if several else [sys.executable]
     command = [*launcher, KILLABLE, name, ",".join(moments), *options]
     environment = {**ENVIRONMENT, "STEPS": str(steps)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     return done.returncode, done.stderr
 
 
@@ -118,7 +121,7 @@ def again(steps: list[tuple[int, int]]) -> list[int]:
     """How many steps had to be taken again, wherever some had."""
     epoch = max((step for _, step in steps), default=0) + 1
     places = [epoch * e + s for e, s in steps]
-    return [before + 1 - place for before, place in zip(places, places[1:], strict=False) if place <= before]
+    return [before + 1 - place for before, place in itertools.pairwise(places) if place <= before]
 
 
 def suffer(name: str, kinds: Sequence[str], options: list[str], folder: Path, seed: int = 0) -> Row:
@@ -133,7 +136,7 @@ def suffer(name: str, kinds: Sequence[str], options: list[str], folder: Path, se
 
     fault, draw = FAULTS[name], random.Random(f"{seed} {name}")
     # Between two strokes lie up to five steps, or what half a second holds.
-    options = [*options, "--epochs", str(4 + 3 * len(kinds))]
+    options = [*options, "--epochs", str(4 + 6 * len(kinds))]
     whole, struck, log = folder / f"{name}-whole", folder / f"{name}-struck", folder / f"{name}-steps"
     log.touch()
     began = time.monotonic()

@@ -42,6 +42,8 @@ def arrange(fault: str, moment: str, count: int) -> None:
 
     def due() -> None:
         nonlocal seen
+        if fault == "worker" and not multiprocessing.active_children():
+            return  # the records are written once before the first step
         seen += 1
         if seen == count:
             strike(fault)

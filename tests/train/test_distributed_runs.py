@@ -1,11 +1,9 @@
 """Whole runs by several processes: records, interruptions, resumes, restarts (gloo, CPU)."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,22 +164,3 @@ def test_torchrun_writes_what_one_process_writes(tiny, train, tmp_path):
     assert refused.returncode != 0
     assert "fastfuse: --mode graphed is for one process" in refused.stderr
     assert not (tmp_path / "three").exists()
-
-
-@pytest.mark.long
-def test_a_killed_process_is_started_again_and_nothing_is_lost(tiny, tmp_path):
-    # Without synchronised norms: every process has statistics of its own, and the first one's are saved.
-    options = (*tiny, "--method", "ffsd", "--epochs", 3, "--checkpoint-minutes", 0)
-    assert torchrun(*options, "--out", tmp_path / "whole").returncode == 0
-    program = (str(Path(__file__).with_name("killed_rank.py")),)
-    # The second process dies in the second epoch, its fifth step.
-    done = torchrun(
-        *options, "--out", tmp_path / "killed", extra=("--max-restarts", "1"), program=program, KILL_STEP="5"
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "killed" / "killed").read_text() == "1"  # it was
-    whole, killed = Run(tmp_path / "whole"), Run(tmp_path / "killed")
-    assert same_bits(state_of(whole), state_of(killed))
-    losses_agree(killed, whole, 1e-12)
-    steps = [json.loads((run.path / "summary.json").read_text())["epochs"] for run in (whole, killed)]
-    assert steps == [3, 3]

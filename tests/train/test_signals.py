@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1: the machine is wanted back, so the run saves, ends with a status of its own, and goes on later."""
+"""SIGTERM and SIGUSR1: the machine is wanted back, so the run saves and ends with a status of its own."""
 
 import os
 import signal
