@@ -14,6 +14,8 @@ from fastfuse import cli
 from fastfuse.train.checkpoint import load
 from fastfuse.train.step import TrainStep
 from tests.data import jpegs
+from tests.train.conftest import Run
+from tests.train.test_distributed_runs import losses_agree, torchrun
 from tests.train.test_resume import assert_same_run
 
 COUNTS = {"train/ant": 9, "train/bee": 8, "train/cow": 6, "val/ant": 3, "val/bee": 2, "val/cow": 2}
@@ -123,6 +125,18 @@ def test_the_published_recipe_is_interrupted_and_resumed_to_the_same_bits(train,
         assert train("--workers", 1, out="stopped", small=RECIPE, root=images) == 130
     assert cli.main(["train", "--resume", "--quiet", "--out", str(tmp_path / "stopped")]) == 0
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+@pytest.mark.long
+def test_two_processes_decode_their_halves_and_train_as_one(train, tmp_path, folder):
+    """23 images in batches of 8: the last batch is divided 4 and 3; 7 test images 4 and 3."""
+    assert train("--workers", 0, "--epochs", 1, out="one") == 0
+    options = f"{SMALL} --epochs 1 --data imagenet --workers 1 --sync-batchnorm".split()
+    done = torchrun("train", *options, "--data-root", folder, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    one, two = Run(tmp_path / "one"), Run(tmp_path / "two")
+    losses_agree(two, one, 1e-4)
+    assert two.metrics[0]["accuracy"] == one.metrics[0]["accuracy"]
 
 
 @pytest.mark.long
