@@ -10,10 +10,12 @@ from fastfuse import data
 from fastfuse.config import TrainConfig
 from fastfuse.methods import METHODS
 from fastfuse.nn import STRATEGIES
+from fastfuse.train import checkpoint
 from fastfuse.train.evaluate import Evaluator
 from fastfuse.train.optim import build_optimizers
 from fastfuse.train.run import train
 from fastfuse.train.step import TrainStep
+from tests.data import jpegs
 from tests.methods import making
 from tests.train.engines import BATCH, agree_over_20_steps, make, run_epoch, state_of
 
@@ -42,6 +44,30 @@ def test_a_step_waits_for_nothing(name, amp, graphed):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.isfinite(x).all() for x in state_of(engine).values() if amp != "fp16")
+
+
+@pytest.mark.parametrize("graphed", [False, True], ids=["eager", "graphed"])
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_guards_wait_for_nothing_and_skip_in_a_graph_too(amp, graphed):
+    engine = make("ffsd", amp=amp, graphed=graphed, device="cuda", clip_norm=1.0, skip_bad=True)
+    run_epoch(engine)
+    engine.start_epoch(seed=0, epoch=1, step=0, factors=[1.0] * 3)
+    weight = next(engine.step.method.parameters())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.run(0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with torch.no_grad():
+        kept = weight.clone()
+        weight[0, 0, 0, 0] = float("nan")
+    before = {name: x for name, x in state_of(engine).items() if name.startswith(("peers", "0/peers"))}
+    engine.run(1)
+    assert engine.step.optimizers.bad > 0
+    after = state_of(engine)
+    trained = [name for name in before if not name.endswith(("running_mean", "running_var", "tracked"))]
+    assert [name for name in trained if not torch.equal(after[name].nan_to_num(7), before[name].nan_to_num(7))] == []
+    assert torch.equal(weight[1:], kept[1:])
 
 
 @pytest.mark.parametrize(("name", "strategy"), ROWS)
@@ -106,6 +132,7 @@ RUNS = {
     "dml, fp16, averaged weights": {"method": "dml", "amp": "fp16", "ema": 0.9},
     "ffsd in branches": {"method": "ffsd", "strategy": "branches"},
     "two replicas in one network": {"method": "ffsd", "strategy": "grouped", "replicas": 2},
+    "ffsd, clipped, bad steps left out": {"method": "ffsd", "clip_norm": 1.0, "max_bad_steps": 2},
 }
 
 
@@ -126,3 +153,35 @@ def test_a_run_on_the_gpu_ends_and_resumes(tiny_npz, tmp_path, form):
     ended = train(TrainConfig(**options, resume=True))
     assert ended["completed"] and ended["epochs"] == 3
     assert ended["mode"] == ("eager" if "eager" in form else "graphed")
+
+
+def test_deterministic_runs_are_the_same_to_the_bit(tiny_npz, tmp_path):
+    options = {"method": "ffsd", "data": "npz", "data_path": tiny_npz, "crop_padding": 1, "model": "resnet8"}
+    options |= {"batch_size": 24, "epochs": 2, "device": "cuda", "quiet": True, "deterministic": True}
+    for name in ("first", "second"):
+        train(TrainConfig(**options, out=tmp_path / name))
+    first, second = (checkpoint.load(tmp_path / name / "checkpoint.pt")["method"] for name in ("first", "second"))
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def test_streamed_images_are_those_of_a_cpu_and_train_in_a_graph(tmp_path):
+    """Page-locked memory, a stream of its own, and a capture beside the thread that page-locks."""
+    counts = {f"{split}/{name}": 20 if split == "train" else 4 for split in ("train", "val") for name in "ab"}
+    folder = jpegs.write(tmp_path / "images", counts)
+    drawn = []
+    for device in ("cpu", "cuda"):
+        dataset = data.load("imagenet", root=folder, image_size=16, workers=1).to(device)
+        batches = data.training_batches(dataset, batch_size=8)
+        batches.start(seed=0, epoch=1)
+        for step in range(batches.steps):
+            batches.fetch(step)
+            drawn.append([x.cpu() for x in batches.draw(batches.count(step))])
+        dataset.close()
+    half = len(drawn) // 2
+    for (on_cpu, labels), (on_gpu, theirs) in zip(drawn[:half], drawn[half:], strict=True):
+        assert torch.equal(labels, theirs)
+        torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-6, atol=1e-6)
+    options = {"method": "dml", "model": "resnet8", "data": "imagenet", "data_root": folder, "image_size": 16}
+    options |= {"epochs": 2, "batch_size": 8, "workers": 1, "device": "cuda", "quiet": True, "out": tmp_path / "run"}
+    ended = train(TrainConfig(**options))
+    assert ended["completed"] and ended["mode"] == "graphed"
