@@ -7,7 +7,8 @@ one of several processes).
 MOMENTS: MOMENT:COUNT with commas between them, one for each time that torchrun starts the processes. MOMENT: step
 (within the COUNT-th training step, between backward and update), write (half-way through the COUNT-th checkpoint),
 rename (written but not yet renamed), metrics (between epochs, half-way through the COUNT-th metrics file), any (COUNT
-milliseconds after the start, before fastfuse and torch are imported), never.
+milliseconds after the start, before fastfuse and torch are imported, or in the fifth step, whichever comes first: no
+machine is so fast that the run ends before), never.
 
 Where STEPS names a file, every step that is done is a line of it.
 """
@@ -21,6 +22,7 @@ import time
 from pathlib import Path
 
 SIGNALS = {"term": signal.SIGTERM, "usr1": signal.SIGUSR1}
+LAST_OF_ANY = 5
 
 
 def strike(fault: str) -> None:
@@ -38,6 +40,8 @@ def arrange(fault: str, moment: str, count: int) -> None:
     from fastfuse.train import checkpoint, record
     from fastfuse.train.optim import Optimizers
 
+    if moment == "any":
+        moment, count = "step", LAST_OF_ANY
     seen = 0
 
     def due() -> None:
