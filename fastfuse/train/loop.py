@@ -1,11 +1,8 @@
 """The run: epochs of steps, evaluation, records and checkpoints; it knows nothing about distillation."""
 
 import dataclasses
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +12,12 @@ from fastfuse import config as configuration
 from fastfuse import data, info
 from fastfuse.config import TrainConfig
 from fastfuse.data import Dataset, Split
-from fastfuse.errors import INTERRUPTED, PREEMPTED, CheckpointError, InterruptedRun, NonFiniteLossError
+from fastfuse.errors import CheckpointError, InterruptedRun, NonFiniteLossError
 from fastfuse.methods import Method
 from fastfuse.methods.replicas import Replicas
 from fastfuse.train import build, checkpoint, distributed, keepsakes, modes
 from fastfuse.train.average import MovingAverage
-from fastfuse.train.distributed import ALONE, Agreement, Processes
+from fastfuse.train.distributed import ALONE, Processes
 from fastfuse.train.engine import Engine
 from fastfuse.train.evaluate import Accuracy, Evaluator
 from fastfuse.train.files import WriteError
@@ -31,6 +28,7 @@ from fastfuse.train.replicas import write_run_folders
 from fastfuse.train.saving import CheckpointWriter, Files, host_copy, warn_of
 from fastfuse.train.schedule import learning_rate_factor
 from fastfuse.train.step import TrainStep
+from fastfuse.train.stopping import Stopping
 from fastfuse.train.summary import Position, summarise
 from fastfuse.train.terms import TermLog
 
@@ -38,8 +36,6 @@ if TYPE_CHECKING:
     from fastfuse.train.display import Display
 
 EVALUATION_BATCH = 500
-# What asks a run to stop after its step; the later ones are sent before a machine is taken away.
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Trainer:
@@ -105,10 +101,8 @@ class Trainer:
         self._evaluators: dict[int, Evaluator] = {}
         self.position = Position()
         self.device = device
-        self._heard: set[int] = set()  # signals, by this process
-        self._stopped_as: int | None = None  # exit status, which all have agreed on
-        self._agreement = Agreement(processes)
-        self._saved = self._started = self._began = time.monotonic()
+        self.stopping = Stopping(config, processes)
+        self._started = time.monotonic()
 
     @property
     def mode(self) -> str:
@@ -126,22 +120,22 @@ class Trainer:
         display = Display(title, config.epochs, self.steps_per_epoch, quiet=quiet, device=self.device)
         if position.history:
             display.known(position.history[-1], position.best, self._evaluated().deployed_states())
-        with self._catching_interrupts(), display:
+        with self.stopping.listening(), display:
             while position.epoch < config.epochs:  # whatever the limit, every start takes a step
                 self._train_epoch(display)
-                if position.step < self.steps_per_epoch or self._must_stop():
+                if position.step < self.steps_per_epoch or self.stopping.decide().stop:
                     break
                 self._end_epoch(display)
             if position.step:
                 self._save()
             self.writer.finish()
             self.files.flush(last=True)
-            self._must_stop()
-        if self._stopped_as is not None:
+            self.stopping.decide()
+        if self.stopping.status is not None:
             raise InterruptedRun(
                 f"interrupted at epoch {position.epoch + 1}, step {position.step}; the checkpoint is written, "
                 f"go on with: fastfuse train --resume --out {self.run.path}",
-                status=self._stopped_as,
+                status=self.stopping.status,
             )
         summary, reached = summarise(self), self._state()
         if self.processes.leads:
@@ -220,12 +214,12 @@ class Trainer:
             position.images_done += images * config.replicas
             display.step(position.epoch, position.step, self.terms.means(), images=images * config.replicas)
             clock.lap()
-            if not self._agreement.due(last=position.step == steps):
+            if not self.stopping.due(last=position.step == steps):
                 continue
-            stop, save = self._decisions()
-            if stop:
+            decision = self.stopping.decide()
+            if decision.stop:
                 break
-            if position.step < steps and save:
+            if position.step < steps and decision.save:
                 self._save()
         self.terms.flush()
         clock.lap()
@@ -289,7 +283,8 @@ class Trainer:
         self._check_weights()
         now = time.monotonic()
         self.position.seconds += now - self._started
-        self._started = self._saved = now
+        self._started = now
+        self.stopping.saved()
         state = self._state()
         if not self.processes.leads:
             return
@@ -324,44 +319,6 @@ class Trainer:
                 f"weights or statistics became infinite or not a number before epoch {self.position.epoch + 1}, step "
                 f"{self.position.step + 1}; lower --lr, add --warmup-epochs, or try --amp off"
             )
-
-    def _must_stop(self) -> bool:
-        return self._decisions()[0]
-
-    def _decisions(self) -> tuple[bool, bool]:
-        """Whether to stop, and whether a checkpoint is due; all processes ask at the same places and hear the same."""
-        limit, now = self.config.max_time, time.monotonic()
-        late = limit is not None and now - self._began >= 60 * limit
-        save = now - self._saved > 60 * self.config.checkpoint_minutes
-        heard = self._heard
-        wishes = [bool(heard), bool(heard - {signal.SIGINT}), late, save]
-        stopped, preempted, late, save = self._agreement.decide(wishes)
-        self._stopped_as = PREEMPTED if preempted else INTERRUPTED if stopped else None
-        return stopped or late, save
-
-    @contextmanager
-    def _catching_interrupts(self) -> Iterator[None]:
-        """Signals ask to stop after the step; the second Ctrl-C stops at once, the others may come again and again.
-
-        torchrun passes on what it is sent, SIGTERM too, and ends a worker that does not stop in half a minute.
-        """
-        alone = self.processes.count == 1
-
-        def ask(signum: int, frame: Any) -> None:
-            self._heard.add(signum)
-            if alone:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        try:
-            previous = {number: signal.signal(number, ask) for number in _SIGNALS}
-        except ValueError:  # not the main thread: the caller deals with signals
-            yield
-            return
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 class _Clock:
