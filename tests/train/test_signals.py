@@ -2,9 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -15,6 +12,7 @@ from fastfuse.train import loop, teachers
 from fastfuse.train.checkpoint import load
 from fastfuse.train.step import TrainStep
 from tests.data import jpegs
+from tests.train.started import assert_nobody_is_left, started
 from tests.train.test_resume import assert_same_run
 
 PREEMPTIONS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
@@ -98,17 +96,11 @@ def test_a_process_and_its_workers_are_told(tmp_path, number):
     """As batch systems do it: the signal reaches the workers as well, which leave the end to the run."""
     folder, out = jpegs.write(tmp_path / "images"), tmp_path / "run"
     options = f"--method dml --model resnet8 --image-size 16 --data imagenet --data-root {folder} --workers 1"
-    options += f" --epochs 5000 --batch-size 8 --device cpu --quiet --out {out}"
-    command = [sys.executable, "-m", "fastfuse", "train", *options.split()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment)
-    while not (out / "metrics.jsonl").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
+    options += " --epochs 5000 --batch-size 8 --device cpu --quiet"
+    process = started(options.split(), out)
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
     assert errors.count("\n") == 1 and f"fastfuse train --resume --out {out}" in errors
     assert load(out / "checkpoint.pt")["position"]["steps_done"] > 0
-    with pytest.raises(ProcessLookupError):  # nobody of the group is left
-        os.killpg(process.pid, 0)
+    assert_nobody_is_left(process)

@@ -4,8 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -15,6 +13,7 @@ from fastfuse.train.checkpoint import load
 from fastfuse.train.step import TrainStep
 from tests.data import jpegs
 from tests.train.conftest import Run
+from tests.train.started import assert_nobody_is_left, started
 from tests.train.test_distributed_runs import losses_agree, torchrun
 from tests.train.test_resume import assert_same_run
 
@@ -152,38 +151,19 @@ def test_teachers_are_trained_on_streamed_images_first(train, tmp_path):
 @pytest.mark.long
 def test_ctrl_c_reaches_all_processes_and_the_checkpoint_is_written(folder, tmp_path):
     out = tmp_path / "run"
-    options = f"{SMALL} --data imagenet --data-root {folder} --workers 2 --epochs 5000 --out {out}"
-    command = [sys.executable, "-m", "fastfuse", "train", *options.split()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment)
-    while not (out / "metrics.jsonl").exists():
-        assert process.poll() is None
-        time.sleep(0.2)
+    process = started(f"{SMALL} --data imagenet --data-root {folder} --workers 2 --epochs 5000".split(), out)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "the checkpoint is written" in errors and "Traceback" not in errors
     assert load(out / "checkpoint.pt")["position"]["steps_done"] > 0
-    with pytest.raises(ProcessLookupError):  # nobody of the group is left
-        os.killpg(process.pid, 0)
+    assert_nobody_is_left(process)
 
 
 @pytest.mark.long
 def test_workers_end_when_the_run_is_killed(folder, tmp_path):
-    out = tmp_path / "run"
-    options = f"{SMALL} --data imagenet --data-root {folder} --workers 2 --epochs 5000 --out {out}"
-    command = [sys.executable, "-m", "fastfuse", "train", *options.split()]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-    while not (out / "metrics.jsonl").exists():
-        assert process.poll() is None
-        time.sleep(0.2)
+    options = f"{SMALL} --data imagenet --data-root {folder} --workers 2 --epochs 5000"
+    process = started(options.split(), tmp_path / "run")
     process.kill()
     process.wait()
-    for _ in range(150):  # torch's workers look for their parent every five seconds
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
-    pytest.fail("workers outlived the run")
+    assert_nobody_is_left(process)

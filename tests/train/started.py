@@ -1,0 +1,33 @@
+"""`fastfuse train` in a process group of its own, as a shell or a batch system starts it."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+def started(options: list[str], out: Path) -> subprocess.Popen:
+    """A run in progress: its first epoch is done."""
+    command = [sys.executable, "-m", "fastfuse", "train", *options, "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment)
+    while not (out / "metrics.jsonl").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    return process
+
+
+def assert_nobody_is_left(process: subprocess.Popen, seconds: float = 15) -> None:
+    """Its workers end when it has ended: torch's look for their parent every five seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.killpg(process.pid, 9)
+    pytest.fail("processes outlived the run")
