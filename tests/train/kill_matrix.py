@@ -108,7 +108,7 @@ def started(name: str, moments: list[str], options: list[str], steps: Path) -> t
     launcher = [*TORCHRUN, "--max-restarts", str(len(moments))] if several else [sys.executable]
     command = [*launcher, KILLABLE, name, ",".join(moments), *options]
     environment = {**ENVIRONMENT, "STEPS": str(steps)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     return done.returncode, done.stderr
 
 
