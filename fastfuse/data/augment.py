@@ -45,6 +45,11 @@ def steps_per_epoch(n: int, batch_size: int) -> int:
     return -(-n // batch_size)
 
 
+def batch_counts(n: int, batch_size: int) -> list[int]:
+    """Images in each of these batches."""
+    return [min(batch_size, n - first) for first in range(0, steps_per_epoch(n, batch_size) * batch_size, batch_size)]
+
+
 def drawn_batches(n: int, *, seed: int, batch_size: int, replicas: int, parts: int, **form: Any) -> EpochPlan:
     """The draws of `TrainingBatches` for an epoch: [R, shown] and [R, shown, 2]; `form` is that of `epoch_plan`."""
     plans = [epoch_plan(n, seed=seed + r, **form) for r in range(replicas)]
@@ -196,8 +201,7 @@ class EvaluationBatches:
         dtype: torch.dtype = torch.float32,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
-        steps = steps_per_epoch(len(split), batch_size)
-        self.counts = [min(batch_size, len(split) - step * batch_size) for step in range(steps)]
+        self.counts = batch_counts(len(split), batch_size)
         self.split = split
         self._form: dict[str, Any] = {"mean": mean, "std": std, "dtype": dtype, "memory_format": memory_format}
         self._next = torch.zeros((), dtype=torch.int64, device=split.labels.device)

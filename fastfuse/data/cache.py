@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastfuse.data import crops
 from fastfuse.data.crops import DamagedImage
-from fastfuse.data.pool import Pool
+from fastfuse.data.pool import Pool, handed_over, lost_workers_explained
 from fastfuse.errors import InputError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Cache:
         self._bytes = np.memmap(pixels, np.uint8, mode="c") if starts[-1] else np.zeros(0, np.uint8)
 
     def image(self, row: int) -> Tensor | None:
-        """uint8 [3, h, w]; None where its bytes do not fit their checksum.
+        """uint8 [h, w, 3]; None where its bytes do not fit their checksum.
 
         Raises:
             DamagedImage: its file is no image.
@@ -62,7 +62,7 @@ class Cache:
         own = self._bytes[self._starts[row] : self._starts[row + 1]]
         if zlib.crc32(own.data) != self._checksums[row]:
             return None
-        return torch.from_numpy(own.reshape(height, width, 3)).permute(2, 0, 1)
+        return torch.from_numpy(own.reshape(height, width, 3))
 
 
 def opened(table: "FileTable", folder: Path, name: str, size: int, *, workers: int) -> Cache:
@@ -130,7 +130,7 @@ def _make(table: "FileTable", stem: Path, key: str, size: int, workers: int) -> 
     stem.with_suffix(".npz").unlink(missing_ok=True)
     pool = Pool(_Scale(table, size), workers=workers)
     try:
-        with unfinished.open("wb") as file:
+        with unfinished.open("wb") as file, lost_workers_explained():
             shapes, checksums = np.zeros((len(table), 2), np.int64), np.zeros(len(table), np.uint32)
             parts = [range(first, min(first + _PART, len(table))) for first in range(0, len(table), _PART)]
             for rows, (images, *found) in zip(parts, pool.begin(parts), strict=True):
@@ -163,12 +163,13 @@ class _Scale:
         shapes, checksums = np.zeros((len(rows), 2), np.int64), np.zeros(len(rows), np.uint32)
         for i, row in enumerate(rows):
             try:
-                image = self.table.scaled(row, self.size).permute(1, 2, 0).contiguous()
+                image = self.table.scaled(row, self.size).contiguous()
             except DamagedImage:
                 continue
             shapes[i], checksums[i] = image.shape[:2], zlib.crc32(image.numpy().data)
             images.append(image.flatten())
-        return torch.cat(images) if images else torch.empty(0, dtype=torch.uint8), shapes, checksums
+        pixels = handed_over(int(shapes.prod(1).sum()) * 3) if images else torch.empty(0, dtype=torch.uint8)
+        return torch.cat(images or [pixels], out=pixels), shapes, checksums
 
 
 @contextmanager

@@ -1,11 +1,12 @@
 """One image of a file: decoded to uint8, cropped at random or at its centre, resized. Runs in worker processes.
 
-Decoding is torchvision's, straight to uint8 with the channels last in memory; what is not a sound JPEG goes through
-Pillow. Every resizing is bilinear with antialiasing, on uint8, by torchvision: crop first, resize what is left.
+Images are uint8 [H, W, 3]. Decoding is torchvision's; what is not a sound JPEG goes through Pillow. Every resizing is
+bilinear with antialiasing, on uint8, by torch, the same on every CPU: crop first, resize what is left.
 """
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,35 +24,53 @@ class DamagedImage(Exception):
 
 
 def read(path: str | Path) -> Tensor:
-    """The image of a file, uint8 [3, H, W]; grey and CMYK images become RGB.
+    """The image of a file, uint8 [H, W, 3]; grey and CMYK images become RGB.
 
     Raises:
         DamagedImage: there is no such file, or it is no image or only a part of one.
     """
-    from torchvision.io import ImageReadMode, decode_jpeg
-
     try:
-        content = Path(path).read_bytes()
+        with open(path, "rb", buffering=0) as file:
+            content = bytearray(file.read())  # a Tensor's bytes must be writable
     except OSError as error:
         raise DamagedImage(str(error.strerror)) from error
     if content.startswith(_JPEG):
         try:
-            return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
-        except RuntimeError:
-            pass  # kinds of JPEG that only Pillow knows; what is damaged it refuses as well
+            return _by_torchvision(content)
+        except (RuntimeError, AttributeError):
+            pass  # kinds of JPEG that only Pillow knows, or no decoder built in; what is damaged it refuses as well
     return _by_pillow(content)
 
 
-def _by_pillow(content: bytes) -> Tensor:
+def _by_torchvision(content: bytearray) -> Tensor:
+    """A JPEG file decoded straight to uint8, which is most of the time that an image takes."""
+    from torchvision.io import ImageReadMode  # loads the operator
+
+    # Not through torchvision.io.decode_jpeg, which takes 40 us for a warning each time that TorchCodec will follow.
+    decode = torch.ops.image.decode_jpeg
+    return decode(torch.frombuffer(content, dtype=torch.uint8), ImageReadMode.RGB.value, False).permute(1, 2, 0)
+
+
+def _by_pillow(content: bytearray) -> Tensor:
     import io
 
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+            return torch.from_numpy(np.array(image.convert("RGB")))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DamagedImage((str(error).splitlines() or [type(error).__name__])[0]) from error
+
+
+class _Key(np.random.bit_generator.ISeedSequence):
+    """The key itself in the place of a seed: without one, Philox first asks the system for a seed it never uses."""
+
+    def __init__(self, key: int) -> None:
+        self.key = key
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint64) -> np.ndarray:
+        return np.array([self.key, 0], np.uint64)
 
 
 def generator(key: int, position: int) -> np.random.Generator:
@@ -61,7 +80,8 @@ def generator(key: int, position: int) -> np.random.Generator:
         key: 64 bits, of the epoch.
         position: place of the image in the epoch's order.
     """
-    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, position]))
+    seed: Any = _Key(key)  # numpy's types know only its own
+    return np.random.Generator(np.random.Philox(seed, counter=[0, 0, 0, position]))
 
 
 def random_box(height: int, width: int, draws: np.random.Generator) -> tuple[int, int, int, int]:
@@ -82,9 +102,9 @@ def random_box(height: int, width: int, draws: np.random.Generator) -> tuple[int
 
 
 def random_crop(image: Tensor, size: int, draws: np.random.Generator) -> Tensor:
-    """A random part of an image [3, H, W] as uint8 [3, size, size]."""
-    top, left, h, w = random_box(image.shape[1], image.shape[2], draws)
-    return _resized(image[:, top : top + h, left : left + w], [size, size])
+    """A random part of an image [H, W, 3] as uint8 [size, size, 3]."""
+    top, left, h, w = random_box(image.shape[0], image.shape[1], draws)
+    return _resized(image[top : top + h, left : left + w], size, size)
 
 
 def shorter_side(size: int) -> int:
@@ -93,20 +113,22 @@ def shorter_side(size: int) -> int:
 
 
 def scaled(image: Tensor, size: int) -> Tensor:
-    """The whole image [3, H, W] with `shorter_side(size)` pixels on its shorter side."""
-    return _resized(image, [shorter_side(size)])
+    """The whole image [H, W, 3] with `shorter_side(size)` pixels on its shorter side, as torchvision's `Resize`."""
+    height, width = image.shape[:2]
+    side = shorter_side(size)
+    if height <= width:
+        return _resized(image, side, int(side * width / height))
+    return _resized(image, int(side * height / width), side)
 
 
 def centre_crop(image: Tensor, size: int) -> Tensor:
-    """The centre of an image that `scaled` gave, uint8 [3, size, size]."""
-    from torchvision.transforms.v2 import functional
+    """The centre of an image that `scaled` gave, uint8 [size, size, 3], as torchvision's `CenterCrop`."""
+    top, left = (round((extent - size) / 2) for extent in image.shape[:2])
+    return image[top : top + size, left : left + size]
 
-    return functional.center_crop(image, [size, size])
 
-
-def _resized(image: Tensor, size: list[int]) -> Tensor:
-    from torchvision.transforms.v2 import functional
-
-    # A part that lies as a whole image would takes 0.7 of the time to resize, and comes out with the channels last.
-    whole = image[None].contiguous(memory_format=torch.channels_last)[0]
-    return functional.resize(whole, size, antialias=True)
+def _resized(image: Tensor, height: int, width: int) -> Tensor:
+    # A part that lies as a whole image would takes 0.7 of the time to resize; its kernel wants NCHW in shape alone.
+    whole = image.contiguous()[None].permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(whole, (height, width), mode="bilinear", antialias=True)
+    return resized[0].permute(1, 2, 0)

@@ -1,5 +1,6 @@
 """Worker processes that prepare what the training process will need next: torch's DataLoader, told what to do."""
 
+import math
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -7,12 +8,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fastfuse.errors import FastfuseError
 
 # More do not decode faster than one GPU trains, and each holds two batches in shared memory.
 MOST_WORKERS = 16
+# How torch says in a worker that shared memory has run out.
+_NO_MEMORY = "unable to allocate shared memory"
 # Results that wait for each worker's turn.
 _AHEAD = 2
 
@@ -99,23 +103,34 @@ class Pool:
         )
 
 
+def handed_over(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """A tensor for a result, its values not set; a process of a pool sends it without copying it again."""
+    if torch.utils.data.get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    # As torch's default_collate does. What lies elsewhere is copied to shared memory by a thread that sends it; where
+    # there is none left, that thread drops it, and the trainer would wait for ever.
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize, device="cpu")
+    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
+
+
 @contextmanager
 def lost_workers_explained() -> Iterator[None]:
     """The death of a worker process, which torch raises anywhere in this one, as one line.
 
     Raises:
-        FastfuseError: a worker was killed.
+        FastfuseError: a worker was killed, or found no shared memory.
     """
     try:
         yield
     except RuntimeError as error:
-        reason = (str(error).splitlines() or [""])[0]
-        if not reason.startswith("DataLoader worker"):
+        first, *more = str(error).splitlines() or [""]
+        said = [first] if first.startswith("DataLoader worker") else [line for line in more if _NO_MEMORY in line]
+        if not said:
             raise
         raise FastfuseError(
-            f"a process that decodes images was lost ({reason.rstrip('. ')}): memory, or shared memory (/dev/shm, of "
-            "containers --shm-size), may have run out; the last checkpoint is intact, go on with --resume and fewer "
-            "--workers"
+            f"a process that decodes images was lost ({said[-1].rstrip('. ')}): memory, or shared memory (/dev/shm, of "
+            "containers --shm-size), may have run out: give fewer --workers; a run goes on from its last checkpoint "
+            "with --resume"
         ) from error
 
 

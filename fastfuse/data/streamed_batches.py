@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastfuse import functional
-from fastfuse.data.augment import check_parts, drawn_batches, mixed_seed, steps_per_epoch
+from fastfuse.data.augment import batch_counts, check_parts, drawn_batches, mixed_seed, steps_per_epoch
 from fastfuse.data.share import Share
-from fastfuse.data.streaming import Request, StreamedDataset, StreamedSplit
+from fastfuse.data.streaming import Request, Source, StreamedDataset, StreamedSplit
 from fastfuse.errors import InputError
 
 # Batches that the host may be ahead of the device: more would only fill page-locked memory.
@@ -19,20 +19,28 @@ AHEAD = 3
 
 
 class Staging:
-    """uint8 images and their labels at fixed addresses, filled from the host while the device is at work.
+    """The images and labels of one batch after the other at fixed addresses, filled while the device is at work.
 
     On a GPU a copy goes from page-locked memory to a second buffer on a stream of its own, beside the step before;
     the step's stream waits for it by an event, not the host, and moves it to its place. The host waits only for the
     copy of `AHEAD` batches before.
+
+    Args:
+        source: decodes them.
+        rows: of the largest batch.
+        device: where they are brought.
 
     Attributes:
         images: uint8 [rows, size, size, 3].
         labels: int64 [rows].
     """
 
-    def __init__(self, rows: int, size: int, device: torch.device) -> None:
-        self.images = torch.zeros(rows, size, size, 3, dtype=torch.uint8, device=device)
+    def __init__(self, source: Source, rows: int, device: torch.device) -> None:
+        self.images = torch.zeros(rows, source.size, source.size, 3, dtype=torch.uint8, device=device)
         self.labels = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._source = source
+        self._batches: Iterator[tuple[Tensor, Tensor]] = iter(())
+        self._next = -1
         self._on_gpu = device.type == "cuda"
         if self._on_gpu:
             self._landing = torch.empty_like(self.images), torch.empty_like(self.labels)
@@ -40,8 +48,23 @@ class Staging:
             self._taken = torch.cuda.current_stream(device).record_event()
             self._copied: deque[torch.cuda.Event] = deque()
 
-    def fill(self, images: Tensor, labels: Tensor) -> None:
-        """Bring n images [n, size, size, 3] and labels [n] of the host to the first n rows."""
+    def begin(self, requests: Iterator[Request], step: int = 0) -> None:
+        """Let the processes begin with these batches, whose first is number `step`."""
+        self._batches = self._source.begin(requests, pinned=self._on_gpu)
+        self._next = step
+
+    def fetch(self, step: int) -> None:
+        """Bring batch number `step`, the next one, to the first rows.
+
+        Raises:
+            FastfuseError: too many files are damaged.
+        """
+        if step != self._next:  # a fault of the caller: every batch is fetched once, in order
+            raise RuntimeError(f"batch {self._next} is next, not {step}")
+        self._next += 1
+        self._fill(*next(self._batches))
+
+    def _fill(self, images: Tensor, labels: Tensor) -> None:
         places = [buffer[: len(labels)] for buffer in (self.images, self.labels)]
         if self._on_gpu:
             images, labels = self._landed(images, labels)
@@ -101,12 +124,10 @@ class StreamedTrainingBatches:
         self._form: dict[str, Any] = {"mean": dataset.mean, "std": dataset.std}
         self._form |= {"dtype": dtype, "memory_format": memory_format}
         self.memory_format = memory_format
-        self.device = dataset.mean.device
-        self.step = torch.zeros((), dtype=torch.int64, device=self.device)
+        device = dataset.mean.device
+        self.step = torch.zeros((), dtype=torch.int64, device=device)
         rows = max(len(self._own(self.count(step))) for step in {0, self.steps - 1})
-        self.staging = Staging(replicas * rows, dataset.image_size[0], self.device)
-        self._batches: Iterator[tuple[Tensor, Tensor]] = iter(())
-        self._expected = -1
+        self.staging = Staging(dataset.train.source, replicas * rows, device)
 
     def start(self, *, seed: int, epoch: int, step: int = 0) -> None:
         """Draw an epoch, and let the processes begin at its batch number `step`; see `TrainingBatches.start`.
@@ -116,9 +137,7 @@ class StreamedTrainingBatches:
         """
         if not 0 <= step <= self.steps:
             raise InputError(f"start step must be in 0..{self.steps}, the steps of an epoch, got {step}")
-        requests = self._requests(seed, epoch, step)
-        self._batches = self.dataset.train.source.begin(requests, pinned=self.device.type == "cuda")
-        self._expected = step
+        self.staging.begin(self._requests(seed, epoch, step), step)
         self.step.fill_(step)
 
     def count(self, step: int) -> int:
@@ -126,14 +145,8 @@ class StreamedTrainingBatches:
         return min(self.batch_size, self._shown - step * self.batch_size)
 
     def fetch(self, step: int) -> None:
-        """Bring batch number `step`, the next one, to the place from which `draw` takes it.
-
-        Raises:
-            FastfuseError: too many files are damaged.
-        """
-        _check_next(step, self._expected)
-        self._expected += 1
-        self.staging.fill(*next(self._batches))
+        """Bring batch number `step`, the next one, to the place from which `draw` takes it; see `Staging.fetch`."""
+        self.staging.fetch(step)
 
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
         """The batch that was fetched: images [count, 3, H, W], labels [count]; see `TrainingBatches.draw`."""
@@ -195,25 +208,18 @@ class StreamedEvaluationBatches:
         dtype: torch.dtype = torch.float32,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
-        steps = steps_per_epoch(len(split), batch_size)
-        self.counts = [min(batch_size, len(split) - step * batch_size) for step in range(steps)]
+        self.counts = batch_counts(len(split), batch_size)
         self.split, self.batch_size = split, batch_size
         self._form: dict[str, Any] = {"mean": mean, "std": std, "dtype": dtype, "memory_format": memory_format}
-        self.device = mean.device
-        self.staging = Staging(min(batch_size, len(split)), split.source.size, self.device)
-        self._batches: Iterator[tuple[Tensor, Tensor]] = iter(())
-        self._expected = -1
+        self.staging = Staging(split.source, min(batch_size, len(split)), mean.device)
 
     def start(self) -> None:
         """Let the processes begin at the first batch."""
-        self._expected = 0
-        self._batches = self.split.source.begin(self._requests(), pinned=self.device.type == "cuda")
+        self.staging.begin(self._requests())
 
     def fetch(self, step: int) -> None:
-        """Bring the next batch, number `step`, to the place from which `draw` takes it."""
-        _check_next(step, self._expected)
-        self._expected += 1
-        self.staging.fill(*next(self._batches))
+        """See `StreamedTrainingBatches.fetch`."""
+        self.staging.fetch(step)
 
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
         """The batch that was fetched: images [count, 3, H, W] and labels int64 [count]."""
@@ -228,9 +234,3 @@ class StreamedEvaluationBatches:
         for step, count in enumerate(self.counts):
             places = step * self.batch_size + np.arange(count)
             yield Request(self.split.table, self.split.candidates(places, order))
-
-
-def _check_next(step: int, expected: int) -> None:
-    """A fault of the caller: every batch is fetched once, in order, after `start`."""
-    if step != expected:
-        raise RuntimeError(f"batch {expected} is next, not {step}")

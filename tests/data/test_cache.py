@@ -59,8 +59,9 @@ def test_training_crops_are_cut_from_the_smaller_image(folder, cache):
     assert not torch.equal(images, torch.cat([images for images, _ in collect(plain)]))
     for position, row in enumerate(order.tolist()):
         small = plain.train.source.tables["train"].scaled(row, SIZE)
-        assert min(small.shape[1:]) == SIZE * 256 // 224
-        wanted = crops.random_crop(small, SIZE, crops.generator(mixed_seed(3, 2), position)).double() / 255
+        assert min(small.shape[:2]) == SIZE * 256 // 224
+        part = crops.random_crop(small, SIZE, crops.generator(mixed_seed(3, 2), position))
+        wanted = part.permute(2, 0, 1).double() / 255
         wanted = wanted.flip(2) if flips[position] else wanted
         wanted = (wanted - dataset.mean.double()[:, None, None]) / dataset.std.double()[:, None, None]
         torch.testing.assert_close(images[position].double(), wanted, rtol=1e-6, atol=1e-6)

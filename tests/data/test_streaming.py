@@ -109,7 +109,8 @@ def test_pixels_are_the_crop_of_the_position_mirrored_and_normalised(load):
     assert flips.any() and not flips.all()
     for position in range(23):
         image = crops.read(table.path(int(order[position])))
-        wanted = crops.random_crop(image, SIZE, crops.generator(mixed_seed(3, 2), position)).double() / 255
+        part = crops.random_crop(image, SIZE, crops.generator(mixed_seed(3, 2), position))
+        wanted = part.permute(2, 0, 1).double() / 255
         wanted = wanted.flip(2) if flips[position] else wanted
         wanted = (wanted - dataset.mean.double()[:, None, None]) / dataset.std.double()[:, None, None]
         torch.testing.assert_close(images[position].double(), wanted, rtol=1e-6, atol=1e-6)
@@ -174,9 +175,8 @@ def test_evaluation_shows_centre_crops_in_order(load):
         images, labels = (torch.cat(x) for x in zip(*found, strict=True))
         assert labels.tolist() == [0, 0, 0, 1, 1, 2, 2]
         for row in range(7):
-            image = crops.centre_crop(
-                crops.scaled(crops.read(dataset.test.source.tables["test"].path(row)), SIZE), SIZE
-            )
+            path = dataset.test.source.tables["test"].path(row)
+            image = crops.centre_crop(crops.scaled(crops.read(path), SIZE), SIZE).permute(2, 0, 1)
             wanted = (image.double() / 255 - dataset.mean[:, None, None]) / dataset.std[:, None, None]
             torch.testing.assert_close(images[row].double(), wanted, rtol=1e-6, atol=1e-6)
 
@@ -281,12 +281,33 @@ def test_a_lost_worker_is_one_line(load):
     batches = data.training_batches(load(workers=1), batch_size=1)
     batches.start(seed=0, epoch=0)
     batches.fetch(0)
-    said = r"^a process that decodes images was lost \(.*--workers$"
+    said = r"^a process that decodes images was lost \(.*--workers; .*--resume$"
     with pytest.raises(FastfuseError, match=said), pool.lost_workers_explained():
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
         time.sleep(20)  # torch raises wherever this process is when it hears of it
     with pytest.raises(RuntimeError, match="something else"), pool.lost_workers_explained():
         raise RuntimeError("something else")
+
+
+@pytest.mark.parametrize(("workers", "shared"), [(0, False), (1, True)])
+def test_what_a_worker_decodes_lies_in_shared_memory_from_the_start(load, workers, shared):
+    dataset = load(workers=workers)
+    decoder, source = dataset.train.source.pool.function, dataset.train.source
+    source.pool.function = lambda request: [x.is_shared() for x in decoder(request)[:2]]
+    request = streaming.Request("test", dataset.test.candidates(np.arange(3), np.arange(7)))
+    assert list(source.pool.begin([request])) == [[shared, shared]]
+
+
+def test_shared_memory_that_has_run_out_is_one_line(load, monkeypatch):
+    def full(size, *, device):
+        raise RuntimeError(f"unable to allocate shared memory(shm) for file </torch_{size}>: No space left on device")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
+    said = (
+        r"^a process that decodes images was lost \(RuntimeError: unable to allocate .* left on device\): .*--resume$"
+    )
+    with pytest.raises(FastfuseError, match=said), pool.lost_workers_explained():
+        collect(load(workers=1))
 
 
 def test_the_default_leaves_a_core_to_the_trainer(monkeypatch):

@@ -36,6 +36,15 @@ def train(folder, tmp_path):
     return run
 
 
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """A run without workers or interruption."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    options = f"{SMALL} --data imagenet --data-root {folder} --workers 0 --out {out}"
+    assert cli.main(["train", *options.split()]) == 0
+    return out
+
+
 def stop_at(monkeypatch, number, act):
     """Do something in the `number`-th training step."""
     steps, run_step = [], TrainStep.__call__
@@ -50,8 +59,7 @@ def stop_at(monkeypatch, number, act):
 
 
 @pytest.mark.parametrize("at", [2, 3], ids=["inside an epoch", "at its end"])
-def test_an_interrupted_run_goes_on_to_the_same_bits(train, tmp_path, monkeypatch, at):
-    assert train("--workers", 0, out="whole") == 0
+def test_an_interrupted_run_goes_on_to_the_same_bits(train, whole, tmp_path, monkeypatch, at):
     with monkeypatch.context() as patch:
         stop_at(patch, at, lambda: signal.raise_signal(signal.SIGINT))
         assert train("--workers", 2, out="stopped") == 130
@@ -59,15 +67,14 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(train, tmp_path, monkeypatc
     assert multiprocessing.active_children() == [], "the workers end with the run"
     # --workers is no part of what is computed.
     assert cli.main(["train", "--resume", "--workers", "1", "--out", str(tmp_path / "stopped")]) == 0
-    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    assert_same_run(tmp_path / "stopped", whole)
 
 
-def test_a_killed_worker_is_one_line_and_the_checkpoint_stays(train, tmp_path, monkeypatch, capsys):
+def test_a_killed_worker_is_one_line_and_the_checkpoint_stays(train, whole, tmp_path, monkeypatch, capsys):
     def kill():
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
         time.sleep(20)
 
-    assert train("--workers", 1, out="whole") == 0
     with monkeypatch.context() as patch:
         stop_at(patch, 3, kill)
         capsys.readouterr()
@@ -76,7 +83,7 @@ def test_a_killed_worker_is_one_line_and_the_checkpoint_stays(train, tmp_path, m
     assert message.startswith("fastfuse: a process that decodes images was lost") and message.count("\n") == 1
     assert load(tmp_path / "killed/checkpoint.pt")["position"]["step"] == 2
     assert cli.main(["train", "--resume", "--out", str(tmp_path / "killed")]) == 0
-    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    assert_same_run(tmp_path / "killed", whole)
 
 
 def test_eval_and_validation_see_streamed_images(train, tmp_path, capsys):
@@ -90,10 +97,9 @@ def test_eval_and_validation_see_streamed_images(train, tmp_path, capsys):
     assert multiprocessing.active_children() == []
 
 
-def test_the_cache_decides_training_and_not_evaluation(train, tmp_path, capsys):
-    assert train("--workers", 0, out="plain") == 0
+def test_the_cache_decides_training_and_not_evaluation(train, whole, tmp_path, capsys):
     assert train("--workers", 0, "--data-cache", tmp_path / "cache", out="cached") == 0
-    weights = [(tmp_path / run / "student0.safetensors").read_bytes() for run in ("plain", "cached")]
+    weights = [(run / "student0.safetensors").read_bytes() for run in (whole, tmp_path / "cached")]
     assert weights[0] != weights[1]
     line = json.loads((tmp_path / "cached/metrics.jsonl").read_text().splitlines()[-1])
     (tmp_path / "cache").rename(tmp_path / "moved")
