@@ -42,6 +42,7 @@ COLUMNS = {
     "gradients": "gradient bytes",
     "statistics": "statistics bytes",
     "buffers": "buffer bytes",
+    "gathers": "all-gathers",
     "messages": "collectives",
 }
 WARM_UP = 5
@@ -54,11 +55,12 @@ class Traffic:
         gradients: into all-reduces, in `DistributedDataParallel`'s buckets.
         statistics: into all-gathers, of synchronised batch norms.
         buffers: broadcast by the first process.
+        gathers: all-gathers alone.
         messages: collectives of each kind together.
     """
 
     def __init__(self, step: TrainStep) -> None:
-        self.gradients = self.statistics = self.buffers = self.messages = 0
+        self.gradients = self.statistics = self.buffers = self.gathers = self.messages = 0
         self._on = False
         if isinstance(step._forward, torch.nn.parallel.DistributedDataParallel):
             step._forward.register_comm_hook(None, self._reduced)
@@ -68,6 +70,7 @@ class Traffic:
         gathered, broadcast = _across.gathered, distributed._broadcast_coalesced
 
         def gather(row: Tensor) -> Tensor:
+            self.gathers += 1
             self._add("statistics", row)
             return gathered(row)
 
@@ -97,14 +100,14 @@ class Traffic:
 def expected(method: Method, *, synchronised: bool) -> dict[str, int]:
     """What a step must exchange, from the shapes alone, in bytes.
 
-    Gradients: every trained parameter once. Statistics: count, C means and C squared deviations of each norm forward,
-    2 C sums backward, in float32 at least. Buffers: without synchronised norms all of them.
+    Gradients: every trained parameter once. Statistics: C counts, means and variances of each norm forward, 2 C sums
+    backward, in float32 at least. Buffers: without synchronised norms all of them.
     """
     norms = [norm for norm in method.modules() if isinstance(norm, _BatchNorm) and norm.training]
     size = max(4, next(method.parameters()).element_size())
     return {
         "gradients": sum(p.numel() * p.element_size() for p in method.parameters() if p.requires_grad),
-        "statistics": sum(size * (4 * norm.num_features + 1) for norm in norms) if synchronised else 0,
+        "statistics": sum(size * 5 * norm.num_features for norm in norms) if synchronised else 0,
         "buffers": 0 if synchronised else sum(b.numel() * b.element_size() for b in method.buffers()),
     }
 
@@ -149,7 +152,7 @@ def measure(options: argparse.Namespace, processes: Processes, device: torch.dev
         "p20_ms": fifths[0],
         "p80_ms": fifths[3],
         "images_per_s": 1e3 * options.batch_size / middle,
-        **{kind: getattr(counted, kind) for kind in ("gradients", "statistics", "buffers", "messages")},
+        **{kind: getattr(counted, kind) for kind in ("gradients", "statistics", "buffers", "gathers", "messages")},
     }
     settings = {key: value for key, value in vars(options).items() if key != "out"}
     name = f"processes_{options.method}_{options.model}_b{options.batch_size}_p{processes.count}"

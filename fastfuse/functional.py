@@ -1,6 +1,6 @@
 """The public stateless operators. Each is documented where it is defined, in `fastfuse/kernels/<op>/op.py`."""
 
-from fastfuse.kernels._across import Across
+from fastfuse.kernels._across import Across, in_step
 from fastfuse.kernels._numerics import BatchNorm
 from fastfuse.kernels.aggregate_distance.op import aggregate_distance
 from fastfuse.kernels.attention_mse.op import attention_map, attention_mse
@@ -46,6 +46,7 @@ __all__ = [
     "diversity_target",
     "feature_kl",
     "feature_mse",
+    "in_step",
     "normalize",
     "normalized_lp",
     "normalized_lp_joint",

@@ -33,8 +33,8 @@ class BatchNorm(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Normalise [B, C, H, W]."""
-        if self.training and self.across is not None:
-            return _across.batch_norm(x, self)
+        if _across.asks(self):
+            return _across.batch_norms([x], [self])[0]
         return torch.nn.functional.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
         )

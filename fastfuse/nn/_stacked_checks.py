@@ -12,12 +12,17 @@ from fastfuse.nn._stacked_layers import tensors_of
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether a module, apart from its children, has hooks, which a graph of its calls leaves out."""
+    return any(getattr(module, kind) for kind in _HOOKS)
+
+
 def check_alike(models: Sequence[nn.Module], traced: fx.GraphModule) -> None:
     """Refuse hooks, which would get lost, and networks that differ in more than values."""
     wanted = _description(models[0])
     for i, model in enumerate(models):
         for name, module in model.named_modules():
-            if any(getattr(module, kind) for kind in _HOOKS):
+            if hooked(module):
                 raise refusal(f"networks[{i}], layer {name or type(model).__name__},", "it has hooks")
         if i == 0:
             continue

@@ -6,10 +6,12 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from fastfuse.errors import InputError
+from fastfuse.functional import in_step
+from fastfuse.nn._in_step import graph_of, walk
 from fastfuse.nn.stacked import stack, unstack
 from fastfuse.nn.strategy import resolve_strategy
 
@@ -29,6 +31,7 @@ class Networks(nn.Module):
     """
 
     stacked: Any  # a `Stacked`, where the strategy is grouped
+    _graphs: list[fx.Graph | None] | None = None
 
     def __init__(self, networks: Iterable[nn.Module]) -> None:
         super().__init__()
@@ -45,6 +48,8 @@ class Networks(nn.Module):
         calls = [(network, own[i // each]) for i, network in enumerate(self)]
         if self.strategy == "branches":
             return _in_branches(calls, images.device)
+        if self._graphs is not None and self.training:
+            return in_step(walk(*call, graph) for call, graph in zip(calls, self._graphs, strict=True))
         return [network(batch) for network, batch in calls]
 
     def arrange(self, strategy: str, *, replicas: int = 1) -> str:
@@ -82,6 +87,15 @@ class Networks(nn.Module):
             self._set_members(members)
         self.strategy, self.replicas = chosen, replicas
         return chosen
+
+    def keep_in_step(self) -> None:
+        """Have norms that are about to be synchronised wait for those of the other networks, which costs one exchange.
+
+        It is so in training, of strategy "loop". A network whose calls cannot be known beforehand goes through its
+        forward alone; see `fastfuse.nn.stacked.stack` for what is known.
+        """
+        if self.strategy == "loop" and self._graphs is None:
+            self._graphs = [graph_of(network) for network in self]
 
     def state_of(self, index: int) -> dict[str, Tensor]:
         """The plain state dict of one network; of stacked networks a copy.

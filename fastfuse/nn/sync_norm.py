@@ -9,6 +9,7 @@ from fastfuse.errors import InputError
 from fastfuse.functional import Across
 from fastfuse.nn._norm import batch_norm
 from fastfuse.nn._stacked_layers import StackedNorm
+from fastfuse.nn.networks import Networks
 
 
 class _Synchronised(_BatchNorm):
@@ -64,6 +65,9 @@ def synchronise(module: nn.Module) -> Across:
             raise InputError(
                 f"layer {name} ({kind}) cannot be synchronised: {reason}; leave --sync-batchnorm out"
             ) from error
+    for networks in module.modules():
+        if isinstance(networks, Networks):
+            networks.keep_in_step()
     across = Across()
     changed: list[Any] = list(norms.values())
     for norm in changed:

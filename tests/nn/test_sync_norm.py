@@ -8,7 +8,7 @@ from torch import nn
 
 from fastfuse import functional
 from fastfuse.errors import BackendUnavailableError, InputError
-from fastfuse.kernels._across import merged
+from fastfuse.kernels._across import joined
 from fastfuse.nn import stack
 from fastfuse.nn.fusion import FusionHead
 from fastfuse.nn.sync_norm import synchronise
@@ -16,18 +16,21 @@ from fastfuse.nn.transforms import DeepToShallow
 from tests.train.ranks import together
 
 
-def test_statistics_are_merged_as_of_all_values():
+def test_statistics_are_joined_as_of_all_values():
     # Large means against small deviations: sums of squares alone would lose ten digits.
     parts = [1e8 + torch.randn(n, 3, dtype=torch.float64) for n in (5, 1, 9)]
-    rows = [torch.cat((x.new_tensor([len(x)]), x.mean(0), (x - x.mean(0)).square().sum(0))) for x in parts]
-    empty = torch.zeros(7, dtype=torch.float64)
+    counts = torch.tensor([5.0, 1, 0, 9], dtype=torch.float64)[:, None].expand(-1, 3)
+    means, variances = (torch.zeros(4, 3, dtype=torch.float64) for _ in range(2))  # the third process has no values
+    for row, x in zip((0, 1, 3), parts, strict=True):
+        means[row], variances[row] = x.mean(0), (x - x.mean(0)).square().mean(0)
     whole = torch.cat(parts) - 1e8
-    for order in ((0, 1, 2), (2, 0, 1)):
-        count, mean, squares = merged(torch.stack([*(rows[i] for i in order[:2]), empty, rows[order[2]]]))
-        assert count == 15
+    for order in ([0, 1, 2, 3], [2, 3, 1, 0]):
+        count, mean, var = joined(counts[order], means[order], variances[order])
+        assert torch.equal(count, torch.full_like(count, 15))
         torch.testing.assert_close(mean - 1e8, whole.mean(0), rtol=0, atol=5e-8)  # four roundings of 1e8
-        torch.testing.assert_close(squares, (whole - whole.mean(0)).square().sum(0), rtol=1e-7, atol=0)
-    assert torch.equal(torch.stack(merged(torch.stack([empty, rows[0]]))[1:]), rows[0][1:].view(2, 3))
+        torch.testing.assert_close(var, (whole - whole.mean(0)).square().mean(0), rtol=1e-7, atol=0)
+    alone = joined(counts[2:], means[2:], variances[2:])
+    assert torch.equal(torch.stack(alone[1:]), torch.stack((means[3], variances[3])))
 
 
 class Block(nn.Module):

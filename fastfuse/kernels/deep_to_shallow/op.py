@@ -71,6 +71,8 @@ def deep_to_shallow(
         found = _fused(names, transforms, attention)
     elif attention:
         found = [reference.attention(one.x, one.shift, one.stages, one.paddings) for one in transforms]
+    elif any(map(_across.asks, norms)):
+        found = _across.in_step(reference.walk(one.x, one.stages, one.paddings) for one in transforms)
     else:
         found = [reference.deep_to_shallow(one.x, one.stages, one.paddings) for one in transforms]
     shallow_first = [tuple(maps[::-1]) for maps in found]

@@ -1,6 +1,6 @@
 """Eager truth of deep_to_shallow."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,18 @@ def deep_to_shallow(
     for (weight, norm), padding in zip(stages, paddings, strict=True):
         x = functional.conv_transpose2d(x, weight, stride=2, padding=1, output_padding=padding)
         x = torch.relu(norm(x))
+        maps.append(x)
+    return maps
+
+
+def walk(
+    x: Tensor, stages: Sequence[tuple[Tensor, BatchNorm]], paddings: Sequence[tuple[int, int]]
+) -> Generator[tuple[Tensor, BatchNorm], Tensor, list[Tensor]]:
+    """`deep_to_shallow` that leaves its norms to whoever walks through it."""
+    maps = []
+    for (weight, norm), padding in zip(stages, paddings, strict=True):
+        x = functional.conv_transpose2d(x, weight, stride=2, padding=1, output_padding=padding)
+        x = torch.relu((yield x, norm))
         maps.append(x)
     return maps
 
