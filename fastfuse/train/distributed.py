@@ -16,6 +16,7 @@ from torch import Tensor, distributed, nn
 
 from fastfuse.data.share import Share
 from fastfuse.errors import InputError
+from fastfuse.train.graph import beside
 
 if TYPE_CHECKING:
     from fastfuse.config import TrainConfig
@@ -153,10 +154,11 @@ def pick_device(name: str) -> torch.device:
 def configured(config: "TrainConfig", processes: Processes) -> "TrainConfig":
     """The configuration as several processes can run it; of one process as it is.
 
-    A worker that torchrun has started again goes on from the last checkpoint. Several take their steps in eager mode.
+    A worker that torchrun has started again goes on from the last checkpoint.
 
     Raises:
-        InputError: a mode or strategy for one process alone, or no --out where a restart would not find the run.
+        InputError: a strategy for one process alone, a mode that cannot synchronise norms, or no --out where a restart
+            would not find the run.
     """
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     if config.out is None and restarts:
@@ -165,8 +167,12 @@ def configured(config: "TrainConfig", processes: Processes) -> "TrainConfig":
         config = dataclasses.replace(config, resume=True)
     if processes.count == 1:
         return config
-    if config.mode not in ("auto", "eager"):
-        raise InputError(f"--mode {config.mode} is for one process: several train in eager mode, give --mode auto")
+    if config.mode.endswith("compiled") and config.sync_batchnorm:
+        # A compiler orders independent norms as it likes, for every process's shapes anew; their exchanges must match.
+        raise InputError(
+            f"--mode {config.mode} cannot take --sync-batchnorm, whose exchanges a compiler may put into another order "
+            "in every process: give --mode eager or graphed, or leave --sync-batchnorm out"
+        )
     if config.strategy == "branches":
         raise InputError("--strategy branches is for one process: give --strategy loop or grouped, or auto")
     return config
@@ -188,15 +194,18 @@ def arrange(method: "Method", strategy: str, processes: Processes) -> None:
         method.arrange("loop")
 
 
-def wrapped(method: "Method", *, synchronised: bool) -> nn.Module:
+def wrapped(method: nn.Module, *, synchronised: bool, stream: torch.cuda.Stream | None = None) -> nn.Module:
     """The method under DistributedDataParallel: its forward is the method's, its gradients are means over processes.
 
     Args:
-        method: on its device, with its optimizers made.
+        method: on its device, compiled or not, with its optimizers made.
         synchronised: its batch norms take the statistics of all processes, so that all have the same buffers; else
             every forward starts from the first process's.
+        stream: where steps will be captured: what adds up a parameter's gradient, which the wrapper keeps, runs on the
+            stream that it was made on, and a capture must meet no other.
     """
-    found = nn.parallel.DistributedDataParallel(method)
+    with beside(stream):
+        found = nn.parallel.DistributedDataParallel(method)
     found.broadcast_buffers = not synchronised  # as an attribute: the argument has another name since PyTorch 2.15
     return found
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fastfuse.data import StreamedTrainingBatches, TrainingBatches
+from fastfuse.errors import FastfuseError
 from fastfuse.train.average import MovingAverage
-from fastfuse.train.graph import Captured
+from fastfuse.train.graph import WARM_UP_CALLS_TOGETHER, Captured, warm_up
 from fastfuse.train.step import TrainStep
 from fastfuse.train.terms import TermLog
 
@@ -21,8 +22,9 @@ class Engine:
         batches: where the images come from.
         terms: where the loss terms go.
         average: follows the weights; None: there is none.
-        graphed: replay the step as a CUDA graph, one for each size of batch.
-        fall_back: if a capture fails, say why in the log and go on without graphs; otherwise it is an error.
+        graphed: replay the step as a CUDA graph, one for each size of batch; the step must be made for it.
+        fall_back: if a capture fails, say why in the log and go on without graphs; otherwise it is an error. Of several
+            processes, all do what one must.
 
     Attributes:
         graphed: whether steps are replayed, now that it has been tried.
@@ -74,16 +76,43 @@ class Engine:
         average = [] if self.average is None else self.average.tensors()
         return [*self.step.tensors(), *average, *self.terms.tensors(), self.batches.step]
 
+    def close(self) -> None:
+        """Let go of all graphs: destroying a process group whose collectives one of them holds waits for ever."""
+        self._graphs.clear()
+
     def _capture(self, count: int) -> None:
         pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
+        together = self.step.processes.count > 1
+
+        def work() -> None:
+            self._work(count)
+
+        if together:
+            # A process that fails here ends: the others wait on the device for its part, where no word reaches them.
+            warm_up(work, self.tensors, calls=WARM_UP_CALLS_TOGETHER, stream=self.step.stream)
+        failure = None
         try:
-            self._graphs[count] = Captured(lambda: self._work(count), self.tensors, pool)
+            self._graphs[count] = Captured(work, self.tensors, pool, warm=together, stream=self.step.stream)
         except RuntimeError as error:
-            if not self.fall_back or isinstance(error, torch.OutOfMemoryError):
-                raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            failure = error
+        self._agree(failure)
+
+    def _agree(self, failure: RuntimeError | None) -> None:
+        """Before anyone replays what another could not capture: all replay, or all go on without graphs, or all end.
+
+        Raises:
+            RuntimeError: the failure, where nobody may go on.
+            FastfuseError: the failure was another process's.
+        """
+        lost = failure is not None and (not self.fall_back or isinstance(failure, torch.OutOfMemoryError))
+        failed, ends = self.step.processes.most([failure is not None, lost])
+        if ends:
+            raise failure or FastfuseError("another process could not capture its step and says why: give --mode eager")
+        if failed:
+            reason = (str(failure or "in another process").splitlines() or [type(failure).__name__])[0]
             logging.getLogger(__name__).warning("training goes on without CUDA graphs: a capture failed (%s)", reason)
             self.graphed = False
+            self.close()
 
     def _work(self, count: int) -> None:
         self.step.optimizers.set_factor(self._factors.gather(0, self.batches.step))

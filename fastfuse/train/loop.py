@@ -73,13 +73,14 @@ class Trainer:
         max_bad = modes.pick_max_bad_steps(config.max_bad_steps, amp)
         settings = {"clip_norm": config.clip_norm, "skip_bad": max_bad > 0, **build.optimizer_settings(config)}
         self.optimizers = build_optimizers(self.method, **settings)
-        mode = modes.pick_mode(config.mode, device) if processes.count == 1 else "eager"
+        mode = modes.pick_mode(config.mode, device, processes=processes.count)
         self.step = TrainStep(
             self.method,
             self.optimizers,
             amp=amp,
             channels_last=config.channels_last,
             compiled=mode.endswith("compiled"),
+            graphed=mode.startswith("graphed"),
             accumulate=config.accumulate,
             processes=processes,
             sync_batchnorm=config.sync_batchnorm,

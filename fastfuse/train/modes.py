@@ -11,17 +11,23 @@ import torch
 from fastfuse.errors import InputError
 
 
-def pick_mode(name: str, device: torch.device) -> str:
+def pick_mode(name: str, device: torch.device, *, processes: int = 1) -> str:
     """A mode by name; "auto" is a CUDA graph on a GPU, where launches are the cost, and eager on a CPU.
 
-    Compiling for a CPU takes minutes that only long runs earn back: it is there to be asked for.
+    Compiling for a CPU takes minutes that only long runs earn back: it is there to be asked for. So are the graphs of
+    several processes: their collectives have not been replayed on several GPUs yet.
+
+    Args:
+        name: as --mode.
+        device: where the steps run.
+        processes: how many train together.
 
     Raises:
         InputError: the device cannot do it.
     """
     on_gpu = device.type == "cuda"
     if name == "auto":
-        return "graphed" if on_gpu else "eager"
+        return "graphed" if on_gpu and processes == 1 else "eager"
     if name.startswith("graphed") and not on_gpu:
         raise InputError(f"--mode {name} needs a CUDA device, not {device}: give --mode eager or compiled, or auto")
     if name == "compiled" and not on_gpu:

@@ -74,7 +74,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         trainer = Trainer(config, run, dataset, method, device, preliminary.fingerprint(given), processes)
         if state is not None:
             trainer.restore(state)
-        with trainer.loggers, trainer.writer:
+        with closing(trainer.engine), trainer.loggers, trainer.writer:
             summary = trainer.run_all()
     if config.method == "dfa-search" and config.replicas == 1 and summary["networks"] and processes.leads:
         _draw_search(run, quiet=config.quiet)

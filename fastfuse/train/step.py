@@ -1,6 +1,6 @@
 """One training step: forward, one backward over the sum of all losses, one combined update."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -26,9 +26,13 @@ class TrainStep:
         channels_last: memory format of convolution weights and, through them, of all maps. On a CPU a ResNet-32 step
             takes 0.78 of the time (docs/LOG.md), and augmented batches come in this format without a copy.
         compiled: whether torch.compile takes forward and backward.
+        graphed: steps are to be captured; says of several processes where their wrapper is made.
         accumulate: forwards and backwards of a step, one after another, among which a process divides its images.
         processes: those that train together: each is given its rows of the batch, gradients are those of the whole.
-        sync_batchnorm: of several processes, batch statistics are those of all.
+        sync_batchnorm: of several processes, batch statistics are those of all; not together with `compiled`.
+
+    Attributes:
+        stream: where a step must be warmed up and captured; None: anywhere.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class TrainStep:
         amp: str = "off",
         channels_last: bool = True,
         compiled: bool = False,
+        graphed: bool = False,
         accumulate: int = 1,
         processes: Processes = ALONE,
         sync_batchnorm: bool = False,
@@ -54,12 +59,13 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(self.device_type) if amp == "fp16" else None
         if self.scaler is not None:
             self.scaler.scale(torch.zeros((), device=device))  # makes the scale, which otherwise the first step would
-        self.accumulate, self.share = accumulate, processes.share
+        self.accumulate, self.processes, self.share = accumulate, processes, processes.share
         together = processes.count > 1
         self._across = synchronise(method) if together and sync_batchnorm else None
         self._forward: Any = _compiled(method) if compiled else method
+        self.stream = torch.cuda.Stream() if together and graphed else None
         if together:
-            self._forward = wrapped(method, synchronised=sync_batchnorm)
+            self._forward = wrapped(self._forward, synchronised=sync_batchnorm, stream=self.stream)
 
     def autocast(self) -> torch.autocast | nullcontext:
         """The context that networks run in, also for evaluation."""
@@ -129,10 +135,13 @@ def _mean(outputs: Sequence[MethodOutput], micros: Sequence[Micro]) -> MethodOut
     return MethodOutput(mean([output.loss for output in outputs]), {}, terms)
 
 
-def _compiled(method: Method) -> Callable[..., MethodOutput]:
+def _compiled(method: Method) -> Any:
     # Every run of a process compiles the same forward for networks of its own, and twice where the last batch is
     # smaller: the compiler's limit of eight is one for all of them.
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, 256)
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 1024)
+    # Below DistributedDataParallel it would cut the graph where gradients' buckets end, so that their all-reduces begin
+    # before the backward ends. FFSD's gradients are wrong then (docs/LOG.md, 2026-11-21), and right in one piece.
+    limits.optimize_ddp = False
     return torch.compile(method, dynamic=False, fullgraph=True)

@@ -6,6 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from fastfuse import cli
+from tests.train.recorded import Recorded, stand_in
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +29,12 @@ def tiny(tiny_npz: Path) -> list[str]:
     """Options of a run of two epochs of three steps that takes about a second."""
     options = "--model resnet8 --data npz --crop-padding 1 --epochs 2 --batch-size 24 --lr 0.02 --device cpu --quiet"
     return ["train", *options.split(), "--data-path", str(tiny_npz)]
+
+
+@pytest.fixture
+def recorded_graphs(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
+    """CUDA graphs on a CPU, see `stand_in`."""
+    return stand_in(monkeypatch)
 
 
 class Run:

@@ -11,6 +11,7 @@ from fastfuse import data
 from fastfuse.data.dataset import Dataset, Split
 from fastfuse.testing import assert_within_budget, in_other_orders
 from fastfuse.train.average import MovingAverage
+from fastfuse.train.distributed import ALONE, Processes
 from fastfuse.train.engine import Engine
 from fastfuse.train.optim import build_optimizers
 from fastfuse.train.step import TrainStep
@@ -37,23 +38,42 @@ def make(
     compiled: bool = False,
     strategy: str = "loop",
     device: str = "cpu",
+    processes: Processes = ALONE,
+    sync_batchnorm: bool = False,
+    accumulate: int = 1,
+    batch: int = BATCH,
+    students: int = 2,
     **guards: Any,
 ) -> Engine:
     """An engine at the start of a run, of the same weights and images each time."""
     torch.manual_seed(0)
-    method = making.make(name, num_classes=5).to(device).train()
+    method = making.make(name, students, num_classes=5).to(device).train()
     method.arrange(strategy)
-    step = TrainStep(method, build_optimizers(method, lr=0.02, **guards), amp=amp, compiled=compiled)
+    step = TrainStep(
+        method,
+        build_optimizers(method, lr=0.02, **guards),
+        amp=amp,
+        compiled=compiled,
+        graphed=graphed,
+        accumulate=accumulate,
+        processes=processes,
+        sync_batchnorm=sync_batchnorm,
+    )
     batches = data.TrainingBatches(
-        dataset().to(device), batch_size=BATCH, parts=method.image_parts, memory_format=step.memory_format
+        dataset().to(device),
+        batch_size=batch,
+        parts=method.image_parts,
+        share=processes.share,
+        memory_format=step.memory_format,
     )
     average = MovingAverage(method, ema) if ema else None
     return Engine(step, batches, TermLog(50, device, max_bad=32), average=average, graphed=graphed)
 
 
 def run_epoch(engine: Engine, epoch: int = 0, after_step: Callable[[], None] = lambda: None, *, seed: int = 0) -> None:
-    """Three steps, at falling rates."""
-    engine.start_epoch(seed=seed, epoch=epoch, step=0, factors=[1.0, 0.5, 0.25])
+    """All steps, three of them with batches of four, at falling rates."""
+    factors = [0.5**step for step in range(engine.batches.steps)]
+    engine.start_epoch(seed=seed, epoch=epoch, step=0, factors=factors)
     for step in range(engine.batches.steps):
         engine.run(step)
         engine.terms.count(epoch=epoch, step=step, images=engine.batches.count(step))
@@ -109,8 +129,9 @@ def _one_step(engine: Engine, start: dict[str, Tensor], number: int) -> list[Ten
 def make_exact(engine: Engine) -> Engine:
     """The same in float64."""
     method = copy.deepcopy(engine.step.method).double()
-    step = TrainStep(method, build_optimizers(method, lr=0.02))
-    form = {"dtype": torch.float64, "memory_format": step.memory_format}
+    processes = engine.step.processes
+    step = TrainStep(method, build_optimizers(method, lr=0.02), processes=processes)
+    form = {"dtype": torch.float64, "memory_format": step.memory_format, "share": processes.share}
     batches = data.TrainingBatches(engine.batches.dataset, batch_size=BATCH, parts=engine.batches.parts, **form)
     exact = Engine(step, batches, TermLog(50, engine.progress.device))
     exact.progress = exact.progress.double()

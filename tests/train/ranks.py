@@ -19,6 +19,8 @@ def together(count: int, function: Callable[..., Any], *arguments: Any, seconds:
     Raises:
         AssertionError: a process failed, or has not ended after so many seconds: all are then killed.
     """
+    import torch._dynamo  # as DistributedDataParallel does: once here, in place of seconds in every process
+
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         given = (count, Path(folder), function, arguments)

@@ -1,16 +1,18 @@
 """What only a GPU can show of the trainer."""
 
 import copy
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 
 import pytest
 import torch
+from torch import distributed
 
 from fastfuse import data
 from fastfuse.config import TrainConfig
 from fastfuse.methods import METHODS
 from fastfuse.nn import STRATEGIES
 from fastfuse.train import checkpoint
+from fastfuse.train.distributed import Processes
 from fastfuse.train.evaluate import Evaluator
 from fastfuse.train.optim import build_optimizers
 from fastfuse.train.run import train
@@ -22,6 +24,7 @@ from tests.train.engines import BATCH, agree_over_20_steps, make, run_epoch, sta
 pytestmark = pytest.mark.gpu
 
 ROWS = [(n, s) for n in METHODS for s in STRATEGIES if s == "loop" or n in making.SIDE_BY_SIDE]
+ROWS += [(n, s) for n in making.VARIANTS for s in STRATEGIES]
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +35,7 @@ def exact_products(monkeypatch):
 
 @pytest.mark.parametrize("graphed", [False, True], ids=["eager", "graphed"])
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", making.EVERY)
 def test_a_step_waits_for_nothing(name, amp, graphed):
     engine = make(name, amp=amp, ema=0.9, graphed=graphed, device="cuda")
     run_epoch(engine)  # compiles kernels, captures graphs
@@ -82,6 +85,54 @@ def test_compiled_steps_in_a_graph_are_eager_steps(strategy):
     agree_over_20_steps(make("ffsd", device="cuda"), other, f"graphed-compiled, {strategy}")
 
 
+class OneOfSeveral(Processes):
+    """A group of one process that is treated as several: everything of several GPUs but the second one."""
+
+    @property
+    def count(self):
+        return 2
+
+
+@pytest.fixture
+def group(tmp_path, monkeypatch):
+    """One process that talks to itself through NCCL on its GPU and through gloo on the host, as torchrun's do."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # else gloo looks up the host's name
+    torch.cuda.set_device(0)
+    place = {"init_method": f"file://{tmp_path}/group", "rank": 0, "world_size": 1}
+    distributed.init_process_group("cpu:gloo,cuda:nccl", **place)
+    yield OneOfSeveral()
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("form", ["own statistics", "synchronised", "compiled"])
+def test_graphed_steps_with_collectives_are_eager_steps(form, group):
+    """Buckets, all-reduces, broadcasts of buffers and gathered statistics in a graph; it goes before the group."""
+    # Synchronised norms are other code: it is their graph that is looked at here.
+    norms = {"sync_batchnorm": True, "processes": group} if form == "synchronised" else {}
+    eager = make("ffsd", device="cuda", **norms)
+    form_of_other = {"processes": group, "compiled": form == "compiled", **norms}
+    with closing(make("ffsd", graphed=True, device="cuda", **form_of_other)) as other:
+        assert isinstance(other.step._forward, torch.nn.parallel.DistributedDataParallel)
+        agree_over_20_steps(eager, other, f"graphed with collectives, {form}")
+        assert other.graphed and len(other._graphs) == 2
+
+
+@pytest.mark.parametrize("form", [{}, {"accumulate": 2}, {"amp": "fp16", "ema": 0.9, "skip_bad": True}])
+def test_graphed_steps_with_collectives_wait_for_nothing(form, group):
+    with closing(make("ffl", graphed=True, device="cuda", processes=group, **form)) as engine:
+        run_epoch(engine)  # captures graphs
+        engine.start_epoch(seed=0, epoch=1, step=0, factors=[1.0] * 3)
+        group.as_leader(list(engine.step.method.buffers()))  # as between two epochs: a collective outside of all graphs
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for step in range(3):
+                engine.run(step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert engine.graphed and len(engine._graphs) == 2
+        assert all(torch.isfinite(x).all() for x in state_of(engine).values() if "amp" not in form)
+
+
 @pytest.mark.parametrize("form", [{}, {"amp": "bf16"}, {"amp": "fp16", "ema": 0.9}], ids=["off", "bf16", "fp16 ema"])
 def test_warming_up_leaves_no_trace(form):
     """A capture's warm-up steps are undone: one replayed step is the first step."""
@@ -109,7 +160,7 @@ def test_an_evaluation_replayed_counts_the_same():
     assert all(accuracy == found[0] for accuracy in found)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", making.EVERY)
 def test_a_step_on_the_gpu_is_the_step_on_the_cpu(name):
     torch.manual_seed(0)
     on_cpu = making.make(name, num_classes=10)

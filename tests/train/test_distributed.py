@@ -8,7 +8,7 @@ from fastfuse import data
 from fastfuse.config import TrainConfig
 from fastfuse.data.share import Share
 from fastfuse.errors import InputError
-from fastfuse.methods import METHODS, MethodOutput
+from fastfuse.methods import MethodOutput
 from fastfuse.train import distributed
 from fastfuse.train.distributed import current
 from fastfuse.train.engine import Engine
@@ -24,7 +24,9 @@ from tests.train.ranks import together
 BATCH, STEPS = 4, 10
 
 
-def trained(name, *, batch=BATCH, frozen=False, accumulate=1, steps=STEPS, synchronised=True, **options):
+def trained(
+    name, *, batch=BATCH, frozen=False, accumulate=1, steps=STEPS, synchronised=True, compiled=False, **options
+):
     """Weights, statistics, optimizer states and the sums of terms after steps at learning rate 0.01, in float64."""
     torch.manual_seed(0)
     method = making.make(name, num_classes=5, **options).double().train()
@@ -36,6 +38,7 @@ def trained(name, *, batch=BATCH, frozen=False, accumulate=1, steps=STEPS, synch
     step = TrainStep(
         method,
         build_optimizers(method, lr=0.01),
+        compiled=compiled,
         accumulate=accumulate,
         processes=processes,
         sync_batchnorm=synchronised and not frozen,
@@ -83,7 +86,7 @@ def test_processes_take_the_steps_of_one(name, count, frozen):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("ffsd", "ffl")])
+@pytest.mark.parametrize("name", [name for name in making.EVERY if name not in ("ffsd", "ffl")])
 def test_every_method_does(name):
     # More than one step: the wrapper complains in the second about a parameter that got no gradient in the first.
     truth = trained(name, steps=4)
@@ -113,7 +116,7 @@ def test_forwards_one_after_another_take_the_same_step():
         agree(ours, truth)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", making.EVERY)
 def test_every_loss_is_a_mean_over_images(name):
     # Term by term: what lets a process's loss be weighted by its share. And every parameter has a gradient.
     torch.manual_seed(0)
@@ -221,12 +224,25 @@ def test_wishes_are_exchanged_at_the_same_steps(monkeypatch):
     assert all(answer == [number >= 100, False] for number, answer in first)
 
 
-@pytest.mark.parametrize("options", [{"mode": "graphed"}, {"mode": "compiled"}, {"strategy": "branches"}])
-def test_what_several_processes_cannot_do_is_refused(options):
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"strategy": "branches"}, "--strategy branches is for one process"),
+        ({"mode": "compiled", "sync_batchnorm": True}, "--mode compiled cannot take --sync-batchnorm.*--mode eager"),
+        ({"mode": "graphed-compiled", "sync_batchnorm": True}, "--mode graphed-compiled cannot take --sync-batchnorm"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused(options, said):
     config = TrainConfig(out="run", **options)
     assert distributed.configured(config, distributed.ALONE) is config
-    with pytest.raises(InputError, match=f"--{next(iter(options))} .* is for one process"):
+    with pytest.raises(InputError, match=said):
         distributed.configured(config, distributed.Processes(Share(0, 2)))
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled", "graphed", "graphed-compiled"])
+def test_several_processes_take_every_mode(mode):
+    config = TrainConfig(out="run", mode=mode)
+    assert distributed.configured(config, distributed.Processes(Share(0, 2))) is config
 
 
 def test_every_process_has_a_gpu_of_its_own(monkeypatch):

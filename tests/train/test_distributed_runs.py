@@ -160,7 +160,7 @@ def test_torchrun_writes_what_one_process_writes(tiny, train, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run folder:") == 1  # one speaks for all
     losses_agree(Run(tmp_path / "two"), one, 1e-4)
-    refused = torchrun(*tiny, *FFL, "--mode", "graphed", "--out", tmp_path / "three")
+    refused = torchrun(*tiny, *FFL, "--mode", "compiled", "--out", tmp_path / "three")
     assert refused.returncode != 0
-    assert "fastfuse: --mode graphed is for one process" in refused.stderr
+    assert "fastfuse: --mode compiled cannot take --sync-batchnorm" in refused.stderr
     assert not (tmp_path / "three").exists()

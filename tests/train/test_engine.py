@@ -2,12 +2,10 @@
 
 import copy
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastfuse import data
 from fastfuse.methods import METHODS, build_method
@@ -16,24 +14,7 @@ from fastfuse.train.optim import build_optimizers
 from fastfuse.train.step import TrainStep
 from tests.methods import making
 from tests.train.engines import BATCH, COUNT, make, run_epoch
-
-WAITS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "_to_copy"}
-
-
-class Seen(TorchDispatchMode):
-    """Names of the operators of whatever runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        # A change of dtype is work; a change of device would wait.
-        if name != "_to_copy" or (kwargs or {}).get("device", args[0].device) != args[0].device:
-            self.names.add(name)
-        return func(*args, **(kwargs or {}))
-
+from tests.train.recorded import WAITS, Recorded, Seen
 
 FORMS = {
     "float32": {},
@@ -43,7 +24,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", making.EVERY)
 def test_no_step_reads_a_value_on_the_host(name: str, form: str) -> None:
     engine = make(name, **FORMS[form])
     engine.start_epoch(seed=0, epoch=3, step=0, factors=[1.0] * 3)
@@ -55,7 +36,7 @@ def test_no_step_reads_a_value_on_the_host(name: str, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", making.EVERY)
 def test_nothing_that_lives_on_moves(name: str, form: str) -> None:
     engine = make(name, **FORMS[form])
     addresses = [[x.data_ptr() for x in engine.tensors()]]
@@ -111,61 +92,6 @@ def test_rates_follow_the_table_and_keep_their_memory() -> None:
     groups = [g for optimizer in engine.step.optimizers.optimizers for g in optimizer.param_groups]
     assert groups[0]["lr"].data_ptr() == address
     assert [float(g["lr"]) for g in groups] == engine.step.optimizers.rates.tolist()
-
-
-class Recorded:
-    """Stands in for a CUDA graph: it keeps the function, and a replay calls it."""
-
-    def __init__(self) -> None:
-        self.replays = 0
-
-    def replay(self) -> None:
-        self.replays += 1
-        self.function()
-
-    def pool(self) -> tuple[int, int]:
-        return (0, 1)
-
-
-@pytest.fixture
-def recorded_graphs(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
-    """CUDA graphs on a CPU: as on a GPU, a capture runs nothing and a replay repeats the captured calls."""
-    graphs: list[Recorded] = []
-
-    class Stream:
-        def wait_stream(self, other: object) -> None:
-            pass
-
-    @contextmanager
-    def nothing(*_: object, **__: object) -> Iterator[None]:
-        yield
-
-    @contextmanager
-    def graph(recorded: Recorded, pool: object, capture_error_mode: str) -> Iterator[None]:
-        # The work of the capture is undone, since a real one only notes it.
-        saved = [(x, x.detach().clone()) for x in recorded.state()]
-        graphs.append(recorded)
-        yield
-        with torch.no_grad():
-            for x, before in saved:
-                x.copy_(before)
-
-    from fastfuse.train import graph as module
-
-    original = module.Captured.__init__
-
-    def init(self, function, state, pool=None):
-        made = Recorded()
-        made.function, made.state = function, state
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made)
-        original(self, function, state, pool)
-
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", nothing)
-    monkeypatch.setattr(torch.cuda, "graph", graph)
-    monkeypatch.setattr(module.Captured, "__init__", init)
-    return graphs
 
 
 @pytest.mark.parametrize("form", FORMS)

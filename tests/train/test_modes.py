@@ -28,6 +28,13 @@ def test_the_mode_of_a_device(name, device, expected):
     assert modes.pick_mode(name, device) == expected
 
 
+def test_several_processes_replay_graphs_where_that_is_asked_for():
+    assert modes.pick_mode("auto", GPU, processes=2) == "eager"
+    assert modes.pick_mode("graphed", GPU, processes=2) == "graphed"
+    with pytest.raises(InputError, match="--mode graphed needs a CUDA device"):
+        modes.pick_mode("graphed", CPU, processes=2)
+
+
 def test_half_precision_is_for_gpus_unless_asked_for():
     assert (modes.pick_amp("auto", GPU), modes.pick_amp("auto", CPU)) == ("bf16", "off")
     assert (modes.pick_amp("off", GPU), modes.pick_amp("fp16", CPU)) == ("off", "fp16")
