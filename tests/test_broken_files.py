@@ -104,7 +104,7 @@ def read_config(path: Path) -> None:
 
 def read_jpeg(path: Path) -> None:
     image = crops.read(path)
-    assert image.dtype == torch.uint8 and image.dim() == 3 and image.shape[0] == 3
+    assert image.dtype == torch.uint8 and image.dim() == 3 and image.shape[2] == 3
 
 
 KINDS = {

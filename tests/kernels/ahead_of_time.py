@@ -3,9 +3,9 @@
     python ahead_of_time.py [--targets 80 90 100] [--dtypes float32 bfloat16] [--ops concat_fuse] [--few] [--table]
 
 A stand-in driver names a target; the launchers run on CPU tensors, and every launch is compiled with Triton's own
-specialisation instead of being run. Prints one JSON line per compiled kernel: op, kernel, target, dtype, warps,
-registers, bytes of stack and of spills, shared bytes, whether it uses wgmma; and one per op with what else its
-launchers called.
+specialisation instead of being run. Prints one JSON line per compiled kernel: op, kernel, target, dtype, the first
+shape that needed it, warps, registers, bytes of stack and of spills, shared bytes, whether it uses wgmma; and one per
+op with what else its launchers called.
 Needs a process of its own: Triton decides at import whether it interprets.
 """
 
@@ -196,10 +196,10 @@ def main() -> int:
                         key = (kernel, target, name, binary.hash)
                         if key not in seen:
                             seen.add(key)
-                            row = {"op": op, "kernel": kernel, "target": target, "dtype": name, **resources(binary)}
-                            rows.append(row)
+                            row = {"op": op, "kernel": kernel, "target": target, "dtype": name, "shape": case.shape}
+                            rows.append(row | resources(binary))
                             if not options.table:
-                                print(json.dumps(row), flush=True)
+                                print(json.dumps(rows[-1]), flush=True)
         others = sorted(name for name in called if not HARMLESS.search(name))
         if not options.table:
             print(json.dumps({"op": op, "called": others}))
