@@ -42,11 +42,11 @@ _COUNTS = (
         "teacher_count",
         "teacher_epochs",
     ),
-    *("paraphraser_epochs", "search_epochs", "feed_stages", "accumulate", "keep_checkpoints"),
+    *("paraphraser_epochs", "search_epochs", "feed_stages", "accumulate", "keep_checkpoints", "fused_stages"),
 )
 _POSITIVE = (
     *("lr", "transform_lr", "gamma", "temperature", "max_time", "alpha_lr", "factor_ratio", "clip_norm"),
-    "regularization_temperature",
+    *("regularization_temperature", "feature_temperature"),
 )
 _NOT_NEGATIVE = (
     *("momentum", "weight_decay", "fusion_weight_decay", "transform_weight_decay", "warmup_epochs", "rampup_epochs"),
@@ -145,7 +145,7 @@ class RunOptions:
 
     mode: str = "auto"
     """eager, compiled (torch.compile), graphed (the whole step as one CUDA graph), graphed-compiled (both), or auto
-    (graphed on a GPU, else eager)."""
+    (graphed on a GPU, else eager; eager of several processes)."""
     replicas: int = 1
     """Train so many independent runs in one pass, of this seed and the next ones; reports mean and deviation."""
     strategy: str = "auto"

@@ -58,14 +58,22 @@ class MethodOptions:
     """ffcl: weight of the fused head's KL to each peer (default: 1)."""
     peer_weight: float | None = None
     """ffcl: weight of the KL between the peers (default: 1)."""
+    fused_stages: int | None = None
+    """ffcl: fuse the maps of so many of the deepest stages, each with a head of its own (default: 1)."""
+    feature_distance: str | None = None
+    """ffcl: attention, mse or kl from the fused map, the last two with connectors where widths differ (default:
+    attention)."""
+    feature_temperature: float | None = None
+    """ffcl: T of --feature-distance kl, over positions (default: 1)."""
     attention_weight: float | None = None
-    """ffcl: weight of the attention terms to the fused map (default: 10)."""
+    """ffcl: weight of the distances from the fused map (default: 10)."""
     regularization: str | None = None
-    """ffcl: virtual (teacher), published (the program of Tf-KD), or off (default: virtual)."""
+    """ffcl: virtual (teacher), published (the program of Tf-KD), self (each network's own trained copy), or off
+    (default: virtual)."""
     regularization_weight: float | None = None
     """ffcl: weight of the regularisation; cross-entropy has what is left to 1 (default: 0.1)."""
     regularization_temperature: float | None = None
-    """ffcl: temperature of the virtual teacher (default: 20)."""
+    """ffcl: temperature of the virtual teacher, or of the copies (default: 20)."""
     detach_fusion: bool | None = None
     """ffcl: keep the fused head's gradient from the peers (default: no, as in ffl)."""
 
@@ -76,13 +84,14 @@ class TeacherOptions:
 
     teachers: tuple[str, ...] = ()
     """Trained teachers: run folders, weight files of --teacher-model, torchvision:NAME or timm:NAME. Without any, they
-    are trained first, into RUN/teachers."""
+    are trained first, into RUN/teachers. Of ffcl with --regularization self the copies: of each student, then of the
+    teacher."""
     teacher_model: str | None = None
     """Network of the teachers that are weight files or trained first, and of ffcl's teacher (default: --model)."""
     teacher_count: int | None = None
     """Teachers to train first (default: the method's; feed-parallel 5, others 1)."""
     teacher_epochs: int | None = None
-    """Epochs of a teacher that is trained first (default: --epochs)."""
+    """Epochs of a teacher, or of ffcl's copies, trained first (default: --epochs)."""
     paraphraser_epochs: int | None = None
     """ft, and feed-* with paraphrased targets: epochs of each paraphraser (default: --epochs)."""
     search_epochs: int | None = None

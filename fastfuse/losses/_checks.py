@@ -14,13 +14,18 @@ Maps = Tensor | Sequence[Tensor]
 
 
 class Batch(NamedTuple):
-    """One checked batch: maps per student and stage, logits per student, labels, and the leader's if there is one."""
+    """One checked batch: maps per student and stage, logits per student, labels, and the leader's if there is one.
+
+    Attributes:
+        copy_logits: of each student's frozen copy, detached, if the regularisation reads them.
+    """
 
     features: list[list[Tensor]]
     logits: list[Tensor]
     labels: Tensor
     leader_features: list[Tensor] | None
     leader_logits: Tensor | None
+    copy_logits: list[Tensor] | None = None
 
 
 class Expected(NamedTuple):
@@ -29,6 +34,7 @@ class Expected(NamedTuple):
     Attributes:
         sizes: (height, width) of each student's last map, if they differ.
         goal: the one that the fused map has then.
+        shallower: the same as `sizes` of each further stage that is fused, the second deepest first.
     """
 
     feature_channels: list[list[int]]
@@ -37,6 +43,7 @@ class Expected(NamedTuple):
     parameter: Tensor
     sizes: list[tuple[int, int]] | None = None
     goal: tuple[int, int] | None = None
+    shallower: Sequence[list[tuple[int, int]] | None] = ()
 
 
 def channel_list(channels: int | Sequence[int]) -> list[int]:
@@ -57,6 +64,31 @@ def check_networks(method: str, feature_channels: list[list[int]], leader_channe
     stages = [len(channels) for channels in [*feature_channels, *([leader_channels] if leader_channels else [])]]
     if len(set(stages)) > 1:
         raise InputError(f"all networks must be tapped at equally many stages, not {stages}")
+
+
+def check_fused_stages(count: Any, stages: int) -> int:
+    """Refuse what is no number of stages, and more of them than there are maps of."""
+    if not isinstance(count, int) or count < 1:
+        raise InputError(f"fused_stages must be a whole number of at least 1, not {count}")
+    if count > stages:
+        raise InputError(f"fused_stages {count} needs the maps of {count} stages of every network, and has {stages}")
+    return count
+
+
+def sizes_by_depth(sizes: Sequence[Any] | None, stages: int) -> list[Sequence[Any] | None]:
+    """What `feature_sizes` says of each stage that is fused, the deepest first: an entry for each student.
+
+    Raises:
+        InputError: an entry that is not one size for each of several stages.
+    """
+    if sizes is None or stages == 1:
+        return [sizes, *[None] * (stages - 1)]
+    if any(not isinstance(own, Sequence) or len(own) != stages for own in sizes):
+        raise InputError(
+            f"feature_sizes must have the sizes of the {stages} fused stages of each student, shallow to deep, not "
+            f"{list(sizes)}"
+        )
+    return [[own[-depth] for own in sizes] for depth in range(1, stages + 1)]
 
 
 def checked_sizes(
@@ -147,6 +179,8 @@ def checked_batch(
     first = students[0][-1]
     for i, maps in enumerate(students):
         _check_grids(f"features[{i}]", maps, first, expected.sizes[i] if expected.sizes else None)
+    for depth, sizes in enumerate(expected.shallower, start=2):
+        _check_stage(depth, [maps[-depth] for maps in students], sizes)
     leader = None
     if leader_features is not None and expected.leader_channels is not None:
         leader = _maps("leader_features", leader_features, expected.leader_channels, expected.parameter)
@@ -160,6 +194,23 @@ def checked_batch(
         _check_same_dtype("leader_logits", leader_logits, rows[0])
     _check_beside("labels", labels, first)
     return Batch(students, rows, labels, leader, leader_logits)
+
+
+def with_copies(batch: Batch, copy_logits: Sequence[Tensor] | None, *, needed: bool) -> Batch:
+    """The batch with the logits of each student's frozen copy, where the regularisation reads them."""
+    if needed != (copy_logits is not None):
+        raise InputError(
+            "regularization='self' needs copy_logits, those of each student's trained copy"
+            if needed
+            else "copy_logits are read with regularization='self' alone: leave them out"
+        )
+    if copy_logits is None:
+        return batch
+    if len(copy_logits) != len(batch.logits):
+        raise InputError(f"copy_logits has {len(copy_logits)} entries for {len(batch.logits)} students")
+    for i, (row, own) in enumerate(zip(copy_logits, batch.logits, strict=True)):
+        _check_logits(f"copy_logits[{i}]", row, own.shape[1], batch.features[0][-1])
+    return batch._replace(copy_logits=[row.detach() for row in copy_logits])
 
 
 def _check_leader(expected: Expected, leader_features: Maps | None, leader_logits: Tensor | None) -> None:
@@ -209,6 +260,17 @@ def _check_grids(name: str, maps: list[Tensor], first: Tensor, size: tuple[int, 
             f"the last map of {name} {list(maps[-1].shape)} must have the height and width of that of features[0] "
             f"{list(first.shape)}; give the loss the feature_sizes, or resize it first"
         )
+
+
+def _check_stage(depth: int, maps: list[Tensor], sizes: list[tuple[int, int]] | None) -> None:
+    """The maps of one stage have one height and width, or those that the loss was built for."""
+    first = maps[0].shape[2], maps[0].shape[3]
+    for i, (feature, wanted) in enumerate(zip(maps, sizes or [first] * len(maps), strict=True)):
+        if tuple(feature.shape[2:]) != wanted:
+            raise InputError(
+                f"the map of features[{i}], stage {-depth}, is {list(feature.shape)}; {wanted[0]}x{wanted[1]} was "
+                "expected, as feature_sizes says or features[0] has: give the feature_sizes of all fused stages"
+            )
 
 
 def _check_logits(name: str, row: Tensor, num_classes: int, first: Tensor) -> None:

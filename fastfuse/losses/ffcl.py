@@ -5,13 +5,15 @@ features and of responses, a regularisation that gives positive knowledge.
 """
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastfuse import functional
 from fastfuse.losses.ramps import sigmoid_rampup
+from fastfuse.nn.fusion import fuse_all
 
 if TYPE_CHECKING:
     from fastfuse.losses._checks import Batch
@@ -22,13 +24,15 @@ DEFAULTS = {
     "rampup_epochs": 80,
     "response_weight": 1.0,
     "peer_weight": 1.0,
+    "fused_stages": 1,
+    "feature_distance": "attention",
     "attention_weight": 10.0,
     "regularization": "virtual",
     "regularization_weight": 0.1,
     "regularization_temperature": 20.0,
     "detach_fusion": False,
 }
-REGULARIZATIONS = ("virtual", "published", "off")
+REGULARIZATIONS = ("virtual", "published", "self", "off")
 
 # Of Tf-KD (arXiv 1909.11723): how sure the virtual teacher is, and the multiplier of its program.
 _CERTAINTY = 0.99
@@ -40,23 +44,26 @@ def ramp(progress: float | Tensor, rampup_epochs: float) -> float | Tensor:
     return sigmoid_rampup(progress, rampup_epochs)
 
 
-def terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """All terms as they enter the sum, the fused logits and the detached fused map.
+def terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> tuple[dict[str, Tensor], list[Tensor], Tensor]:
+    """All terms as they enter the sum, the logits of each fusion head and the detached fused map of the last stage.
 
     Args:
-        loss: holds the fusion head and the hyper-parameters.
+        loss: holds the fusion heads and the hyper-parameters.
         batch: checked; every peer is one of its students.
         weight: the ramp's factor.
     """
     hyper = loss.hyperparameters
     peers = range(len(batch.features))
     count = len(peers)
-    maps = [stages[-1] for stages in batch.features]
-    fused = loss.fusion([m.detach() for m in maps] if hyper["detach_fusion"] else maps)
+    maps = [[own[-depth] for own in batch.features] for depth in range(1, loss.fused_stages + 1)]
+    heads = loss.fusions()
+    given = [[m.detach() for m in own] for own in maps] if hyper["detach_fusion"] else maps
+    fused, *shallower = fuse_all([*heads.values()], given)
     # Every peer is there twice, so that one call gives what it learns from the fused head and what from its peers.
     learns_from = [[count]] * count + [[functional.ENSEMBLE]] + [[j for j in peers if j != i] for i in peers]
+    learns_from += [[functional.ENSEMBLE]] * len(shallower)
     cross_entropy, divergence, _ = functional.peer_kl_ce(
-        [*batch.logits, fused.logits, *batch.logits],
+        [*batch.logits, fused.logits, *batch.logits, *(own.logits for own in shallower)],
         batch.labels,
         temperature=hyper["temperature"],
         teachers=learns_from,
@@ -64,20 +71,67 @@ def terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> tuple[d
     )
     regularized = hyper["regularization"] != "off"
     share = hyper["regularization_weight"] if regularized else 0.0
-    distances = functional.attention_mse(maps, [fused.fused.detach()] * count)
+    distances = _distances(loss, maps, [own.fused.detach() for own in (fused, *shallower)])
     found = {}
     for i in peers:
         found[f"student{i}_ce"] = (1 - share) * cross_entropy[i]
         found[f"student{i}_response"] = hyper["response_weight"] * weight * divergence[i]
         found[f"student{i}_peers"] = hyper["peer_weight"] * weight * divergence[count + 1 + i]
-        found[f"student{i}_feature"] = hyper["attention_weight"] * weight * distances[i]
+        for depth in range(loss.fused_stages):
+            name = f"student{i}_feature{depth + 1 if depth else ''}"
+            found[name] = hyper["attention_weight"] * weight * distances[depth * count + i]
     if regularized:
-        temperature = hyper["regularization_temperature"]
-        positive = positive_knowledge(batch.logits, batch.labels, temperature, hyper["regularization"])
-        found |= {f"student{i}_regularization": share * positive[i] for i in peers}
-    found["fusion_ce"] = cross_entropy[count]
-    found["fusion_kl"] = weight * divergence[count]
-    return found, fused.logits, fused.fused.detach()
+        found |= {f"student{i}_regularization": share * own for i, own in enumerate(_regularization(hyper, batch))}
+    for name, row in zip(heads, [count, *range(2 * count + 1, len(learns_from))], strict=True):
+        found[f"{name}_ce"] = cross_entropy[row]
+        found[f"{name}_kl"] = weight * divergence[row]
+    return found, [own.logits for own in (fused, *shallower)], fused.fused.detach()
+
+
+def _distances(loss: "FusionLoss", maps: list[list[Tensor]], fused: list[Tensor]) -> Sequence[Tensor] | Tensor:
+    """How far every peer's map of a stage is from the fused one; of all peers of the first stage first."""
+    kind = loss.hyperparameters["feature_distance"]
+    pairs = [(m, target) for own, target in zip(maps, fused, strict=True) for m in own]
+    if kind == "attention":
+        return functional.attention_mse(*map(list, zip(*pairs, strict=True)))
+    connected = [m for depth, own in enumerate(maps, start=1) for m in loss.connected(own, depth)]
+    if kind == "mse":
+        return [functional.feature_mse([m], target) for m, (_, target) in zip(connected, pairs, strict=True)]
+    temperature = loss.feature_temperature
+    return [
+        functional.feature_kl([m], target, temperature=temperature)
+        for m, (_, target) in zip(connected, pairs, strict=True)
+    ]
+
+
+def _regularization(hyper: Mapping[str, Any], batch: "Batch") -> Tensor:
+    """Of every peer; [peers]."""
+    temperature = hyper["regularization_temperature"]
+    if batch.copy_logits is not None:
+        return own_knowledge(batch.logits, batch.copy_logits, temperature)
+    return positive_knowledge(batch.logits, batch.labels, temperature, hyper["regularization"])
+
+
+def own_knowledge(logits: list[Tensor], copies: list[Tensor], temperature: float) -> Tensor:
+    """T^2 KL(softmax(c / T) || softmax(z / T)), c the logits of the head's own trained copy, for each head; [heads].
+
+    The idea of Tf-KD's self-training, and the self-distillation of CTSL-MKT (arXiv 2101.08471) but for the factor T^2,
+    which is that of `positive_knowledge`: gradients keep their size whatever T is.
+
+    Args:
+        logits: z of each head, [B, K].
+        copies: c of each; carry no gradient.
+        temperature: T.
+    """
+    given, own = torch.stack(list(copies)).detach(), torch.stack(list(logits))
+    exact = torch.promote_types(own.dtype, torch.float32)
+    targets = given.to(exact) / temperature
+    # T^2 multiplies the rounding of log-probabilities: of their differences, which are small, there is less.
+    lead = targets - own.to(exact) / temperature
+    probabilities = torch.softmax(targets, -1)
+    lead = lead - (probabilities * lead).sum(-1, keepdim=True)
+    divergence = torch.log1p((probabilities * torch.expm1(-lead)).sum(-1))
+    return temperature**2 * divergence.mean(-1)
 
 
 def positive_knowledge(logits: list[Tensor], labels: Tensor, temperature: float, form: str) -> Tensor:

@@ -19,8 +19,8 @@ def ramp(progress: float | Tensor, rampup_epochs: float) -> float | Tensor:
     return sigmoid_rampup(progress, rampup_epochs)
 
 
-def terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """All terms as they enter the sum, the fused logits and the detached fused map.
+def terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> tuple[dict[str, Tensor], list[Tensor], Tensor]:
+    """All terms as they enter the sum, the logits of each fusion head and the detached fused map.
 
     The fused head's losses reach the sub-networks: the fusion input is not detached, unlike FFSD's.
     """
@@ -38,4 +38,4 @@ def terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> tuple[d
     for i, name in enumerate([*(f"student{i}" for i in range(count)), "fusion"]):
         found[f"{name}_ce"] = cross_entropy[i]
         found[f"{name}_kl"] = weight * divergence[i]
-    return found, fused.logits, fused.fused.detach()
+    return found, [fused.logits], fused.fused.detach()

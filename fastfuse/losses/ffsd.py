@@ -30,8 +30,8 @@ def ramp(progress: float | Tensor, rampup_epochs: float) -> float | Tensor:
     return sigmoid_rampup(progress + 1, rampup_epochs)
 
 
-def terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """All terms as they enter the sum, the fused logits and the detached fused map.
+def terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> tuple[dict[str, Tensor], list[Tensor], Tensor]:
+    """All terms as they enter the sum, the logits of each fusion head and the detached fused map.
 
     Args:
         loss: holds the modules and hyper-parameters.
@@ -93,7 +93,7 @@ def terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> tuple[d
     found |= pairs.terms()
     if loss.transforms:
         found |= _transform_terms(loss, batch, hyper["lambda_self_distillation"] * weight)
-    return found, fused.logits, fused_map
+    return found, [fused.logits], fused_map
 
 
 def at_size(target: Tensor, like: Tensor) -> Tensor:

@@ -14,13 +14,16 @@ from fastfuse.losses._checks import (
     Expected,
     Maps,
     channel_list,
+    check_fused_stages,
     check_networks,
     check_number,
     checked_batch,
     checked_sizes,
     resolve_hyperparameters,
+    sizes_by_depth,
+    with_copies,
 )
-from fastfuse.nn.connectors import Connector, Regressor
+from fastfuse.nn.connectors import Connector, Regressor, Size
 from fastfuse.nn.fusion import FusionHead, TransFusion
 from fastfuse.nn.transforms import DeepToShallow
 
@@ -34,12 +37,14 @@ class FusionLossOutput(NamedTuple):
     Attributes:
         loss: 0-d, the sum of all terms; call `backward()` on it once.
         terms: 0-d detached tensors by name, each as it enters the sum.
-        fused_logits: [B, K], detached: the fused head's prediction.
+        fused_logits: [B, K], detached: the prediction of the fused head, of the last stage where several are fused.
+        shallow_logits: the same of the other stages' heads, the second deepest stage's first.
     """
 
     loss: Tensor
     terms: dict[str, Tensor]
     fused_logits: Tensor
+    shallow_logits: Sequence[Tensor] = ()
 
 
 class ParameterGroups(NamedTuple):
@@ -74,20 +79,25 @@ class FusionLoss(nn.Module):
         diversity_mode: "published" or "normalized" (ffsd); see `fastfuse.functional.diversity_loss`.
         kl_target_epsilon: added to KL targets (ffl, 0; its program adds 1e-7).
         response_weight, peer_weight: weights of the KL from the fused head and from the other students (ffcl, 1).
-        attention_weight: weight of every student's attention distance from the fused map (ffcl, 10).
-        regularization: "virtual", "published" or "off" (ffcl); see `fastfuse.losses.ffcl.positive_knowledge`.
+        fused_stages: how many stages are fused, the deepest ones, each by a head of its own (ffcl, 1); the students'
+            maps of as many are needed.
+        feature_distance: of every student's map from the fused map: "attention", or "mse" or "kl" with 1x1 connectors
+            where channels differ (ffcl, "attention").
+        attention_weight: weight of that distance (ffcl, 10).
+        regularization: "virtual", "published", "self" or "off" (ffcl); see `fastfuse.losses.ffcl`.
         regularization_weight: of that term; cross-entropy has what is left to 1 (ffcl, 0.1).
-        regularization_temperature: of its virtual teacher (ffcl, 20).
+        regularization_temperature: of its virtual teacher, or of the student's own trained copy (ffcl, 20).
         detach_fusion: keep the fused head's gradient from the students (ffcl, False, as ffl).
         feature: None for the published terms alone; "attention", "mse" or "kl" adds a term that holds every student's
             last map against the detached fused map, summed across students, with 1x1 connectors for "mse" and "kl"
             where channels differ.
         feature_weight: weight of that term.
-        feature_temperature: T of "kl", taken over positions.
+        feature_temperature: T of "kl", taken over positions; that of `feature_distance` as well.
         feature_sizes: (height, width), or one number for both, of each student's last map. Where they differ, a learned
             regressor (`fastfuse.nn.connectors.Regressor`) brings every larger map to the fused map's size, which is
-            the leader's, or the smallest height and width; None, or equal ones: no regressor. In ffl and ffcl all that
-            follows reads the result; in ffsd the fusion head does, and a student is compared with the one before at
+            the leader's, or the smallest height and width; None, or equal ones: no regressor. With several
+            `fused_stages` those of each of these stages, shallow to deep. In ffl and ffcl all that follows reads the
+            result; in ffsd the fusion head does, and a student is compared with the one before at
             its own size, to which that one's map, a target, is pooled or repeated.
         leader_size: the same of the leader's last map.
 
@@ -112,6 +122,8 @@ class FusionLoss(nn.Module):
         kl_target_epsilon: float | None = None,
         response_weight: float | None = None,
         peer_weight: float | None = None,
+        fused_stages: int | None = None,
+        feature_distance: str | None = None,
         attention_weight: float | None = None,
         regularization: str | None = None,
         regularization_weight: float | None = None,
@@ -120,7 +132,7 @@ class FusionLoss(nn.Module):
         feature: str | None = None,
         feature_weight: float = 1.0,
         feature_temperature: float = 1.0,
-        feature_sizes: Sequence[int | tuple[int, int]] | None = None,
+        feature_sizes: Sequence[int | tuple[int, int] | Sequence[int | tuple[int, int]]] | None = None,
         leader_size: int | tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
@@ -146,6 +158,8 @@ class FusionLoss(nn.Module):
             "kl_target_epsilon": kl_target_epsilon,
             "response_weight": response_weight,
             "peer_weight": peer_weight,
+            "fused_stages": fused_stages,
+            "feature_distance": feature_distance,
             "attention_weight": attention_weight,
             "regularization": regularization,
             "regularization_weight": regularization_weight,
@@ -153,12 +167,17 @@ class FusionLoss(nn.Module):
             "detach_fusion": detach_fusion,
         }
         choices = {"diversity_mode": ffsd.DIVERSITY_MODES, "regularization": ffcl.REGULARIZATIONS}
+        choices["feature_distance"] = FEATURE_TERMS
         self.hyperparameters = resolve_hyperparameters(method, METHODS[method].DEFAULTS, choices, given)
         self.feature_channels = [channel_list(c) for c in feature_channels]
         self.leader_channels = None if leader_channels is None else channel_list(leader_channels)
         check_networks(method, self.feature_channels, self.leader_channels)
 
-        sizes = checked_sizes(feature_sizes, leader_size, len(self.feature_channels))
+        self.fused_stages = check_fused_stages(
+            self.hyperparameters.get("fused_stages", 1), len(self.feature_channels[0])
+        )
+        by_depth = sizes_by_depth(feature_sizes, self.fused_stages)
+        sizes = checked_sizes(by_depth[0], leader_size, len(self.feature_channels))
         self.feature_sizes: list[tuple[int, int]] | None = sizes[0] if sizes else None
         self.fused_size: tuple[int, int] | None = sizes[1] if sizes else None
         if sizes and method == "ffsd" and feature is not None:
@@ -166,10 +185,8 @@ class FusionLoss(nn.Module):
 
         last = [channels[-1] for channels in self.feature_channels]
         self.regressors = nn.ModuleDict()
-        if self.feature_sizes is not None and self.fused_size is not None:
-            for i, (channels, size) in enumerate(zip(last, self.feature_sizes, strict=True)):
-                if size != self.fused_size:
-                    self.regressors[f"student{i}"] = Regressor(channels, size, self.fused_size)
+        if sizes:
+            self._build_regressors(last, *sizes)
         # The leader's transform reads the fused map, so the fused map has the leader's width where there is a leader.
         fused_channels = self.leader_channels[-1] if self.leader_channels else max(last)
         self.fusion = FusionHead(last, fused_channels, num_classes)
@@ -179,10 +196,20 @@ class FusionLoss(nn.Module):
         if method == "ffsd" and len(self.feature_channels[0]) > 1:
             self._build_transforms()
         self.connectors = nn.ModuleDict()
-        if feature in ("mse", "kl"):
-            for i, channels in enumerate(last):
-                if channels != fused_channels:
-                    self.connectors[f"student{i}"] = Connector(channels, fused_channels)
+        # How far the fused map is: what the feature term, or the method itself, measures through connectors.
+        distance = self.hyperparameters.get("feature_distance")
+        connecting = [d for d in (feature, distance) if d in ("mse", "kl")]
+        if len(connecting) > 1:
+            raise InputError(
+                f"feature={feature!r} and feature_distance={distance!r} hold the same maps against each other "
+                "through the same connectors: leave feature out"
+            )
+        if connecting:
+            self._build_connectors(last, fused_channels)
+        self.shallow_fusions = nn.ModuleDict()
+        self.shallow_sizes: list[list[tuple[int, int]] | None] = []
+        for depth, own in enumerate(by_depth[1:], start=2):
+            self._build_shallower(depth, own, num_classes, connected=distance in ("mse", "kl"))
 
     def forward(
         self,
@@ -192,6 +219,7 @@ class FusionLoss(nn.Module):
         *,
         leader_features: Maps | None = None,
         leader_logits: Tensor | None = None,
+        copy_logits: Sequence[Tensor] | None = None,
         progress: float | Tensor | None = None,
     ) -> FusionLossOutput:
         """The sum of all losses of one batch.
@@ -201,11 +229,12 @@ class FusionLoss(nn.Module):
             logits: for each student [B, K].
             labels: [B] int64.
             leader_features, leader_logits: the same of the leader, if the loss was built with `leader_channels`.
+            copy_logits: with regularization="self", for each student [B, K] of its trained copy; detached.
             progress: epochs done so far, 0 in the first epoch (a number or a 0-d tensor), for the ramp-ups;
                 None takes the weights after the ramp.
 
         Returns:
-            FusionLossOutput(loss, terms, fused_logits).
+            FusionLossOutput(loss, terms, fused_logits, shallow_logits).
 
         Raises:
             InputError, TypeError: numbers of students or stages, channels, batch sizes, devices or dtypes that do not
@@ -213,24 +242,54 @@ class FusionLoss(nn.Module):
         """
         own = self.fusion.classifier
         built_for = (self.feature_channels, self.leader_channels, own.out_features, own.weight)
-        expected = Expected(*built_for, self.feature_sizes, self.fused_size)
+        expected = Expected(*built_for, self.feature_sizes, self.fused_size, self.shallow_sizes)
         batch = checked_batch(expected, features, logits, labels, leader_features, leader_logits)
+        batch = with_copies(batch, copy_logits, needed=self.hyperparameters.get("regularization") == "self")
         if self.method != "ffsd":  # whose students are compared with each other as they are
-            together = self.brought_together([maps[-1] for maps in batch.features])
-            changed = [[*maps[:-1], last] for maps, last in zip(batch.features, together, strict=True)]
-            batch = batch._replace(features=changed)
+            together = [[*maps] for maps in batch.features]
+            for depth in range(1, self.fused_stages + 1):
+                found = self.brought_together([maps[-depth] for maps in together], depth)
+                for maps, feature in zip(together, found, strict=True):
+                    maps[-depth] = feature
+            batch = batch._replace(features=together)
         losses = METHODS[self.method]
         weight = 1.0 if progress is None else losses.ramp(progress, self.hyperparameters["rampup_epochs"])
-        terms, fused_logits, fused_map = losses.terms(self, batch, weight)
+        terms, head_logits, fused_map = losses.terms(self, batch, weight)
         if self.feature is not None:
             terms["feature"] = self.feature_weight * self._feature_term(batch, fused_map)
         loss = torch.stack(list(terms.values())).sum()
-        return FusionLossOutput(loss, {name: term.detach() for name, term in terms.items()}, fused_logits.detach())
+        fused_logits, *shallower = (row.detach() for row in head_logits)
+        return FusionLossOutput(loss, {name: term.detach() for name, term in terms.items()}, fused_logits, shallower)
 
-    def brought_together(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """The students' last maps [B, C_s, H_s, W_s] at one height and width, which is what the fusion head reads."""
-        names = [f"student{i}" for i in range(len(maps))]
-        return [self.regressors[n](x) if n in self.regressors else x for n, x in zip(names, maps, strict=True)]
+    def brought_together(self, maps: Sequence[Tensor], depth: int = 1) -> list[Tensor]:
+        """The students' maps [B, C_s, H_s, W_s] of one stage at one height and width, as its fusion head reads them.
+
+        Args:
+            maps: of the last stage, or of another one.
+            depth: the stage, counted from the last one, which is 1.
+        """
+        return _through(self.regressors, maps, depth)
+
+    def connected(self, maps: Sequence[Tensor], depth: int = 1) -> list[Tensor]:
+        """What `brought_together` gives with the channels of the fused map, for the distances that need them equal."""
+        return _through(self.connectors, maps, depth)
+
+    def fusions(self) -> dict[str, FusionHead]:
+        """The fusion heads by name, the deepest stage's first: fusion, fusion2 and so on."""
+        shallower: Any = self.shallow_fusions
+        return {"fusion": self.fusion, **dict(shallower.items())}
+
+    def fused_heads(self, features: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
+        """The logits [B, K] of every fusion head by name.
+
+        Args:
+            features: for each student the maps of all its stages, shallow to deep, or as many as are fused.
+        """
+        heads = enumerate(self.fusions().items(), start=1)
+        return {
+            name: head(self.brought_together([maps[-depth] for maps in features], depth)).logits
+            for depth, (name, head) in heads
+        }
 
     def parameter_groups(
         self,
@@ -248,11 +307,12 @@ class FusionLoss(nn.Module):
         Args:
             lr, momentum, nesterov: of the SGD groups.
             weight_decay: of trans-fusion, which is part of the leader, of connectors and of regressors.
-            fusion_weight_decay: of the fusion head.
+            fusion_weight_decay: of the fusion heads.
             transform_lr, transform_weight_decay: of the Adam group (coupled L2, as in torch.optim.Adam).
         """
         sgd = {"lr": lr, "momentum": momentum, "nesterov": nesterov}
-        groups = [{"params": list(self.fusion.parameters()), **sgd, "weight_decay": fusion_weight_decay}]
+        heads = [p for head in self.fusions().values() for p in head.parameters()]
+        groups = [{"params": heads, **sgd, "weight_decay": fusion_weight_decay}]
         own = (self.trans_fusion, self.connectors, self.regressors)
         others = [p for m in own if m is not None for p in m.parameters()]
         if others:
@@ -262,6 +322,26 @@ class FusionLoss(nn.Module):
             [{"params": transforms, "lr": transform_lr, "weight_decay": transform_weight_decay}] if transforms else []
         )
         return ParameterGroups(groups, adam)
+
+    def _build_regressors(self, channels: list[int], sizes: list[Size], goal: Size, depth: int = 1) -> None:
+        for i, (own, size) in enumerate(zip(channels, sizes, strict=True)):
+            if size != goal:
+                self.regressors[_part(i, depth)] = Regressor(own, size, goal)
+
+    def _build_connectors(self, channels: list[int], fused_channels: int, depth: int = 1) -> None:
+        for i, own in enumerate(channels):
+            if own != fused_channels:
+                self.connectors[_part(i, depth)] = Connector(own, fused_channels)
+
+    def _build_shallower(self, depth: int, given: Sequence[Any] | None, num_classes: int, *, connected: bool) -> None:
+        channels = [own[-depth] for own in self.feature_channels]
+        sizes = checked_sizes(given, None, len(channels))
+        self.shallow_sizes.append(sizes[0] if sizes else None)
+        if sizes:
+            self._build_regressors(channels, *sizes, depth)
+        self.shallow_fusions[f"fusion{depth}"] = FusionHead(channels, max(channels), num_classes)
+        if connected:
+            self._build_connectors(channels, max(channels), depth)
 
     def _build_transforms(self) -> None:
         for i in range(1, len(self.feature_channels)):
@@ -279,8 +359,18 @@ class FusionLoss(nn.Module):
         maps = [student[-1] for student in batch.features]
         if self.feature == "attention":
             return functional.attention_mse(maps, [fused_map] * len(maps)).sum()
-        names = [f"student{i}" for i in range(len(maps))]
-        maps = [self.connectors[n](m) if n in self.connectors else m for n, m in zip(names, maps, strict=True)]
+        maps = self.connected(maps)
         if self.feature == "mse":
             return functional.feature_mse(maps, fused_map)
         return functional.feature_kl(maps, fused_map, temperature=self.feature_temperature)
+
+
+def _part(student: int, depth: int) -> str:
+    """Where a regressor or connector of a student is kept: that of the last stage under the student's name alone."""
+    return f"student{student}" if depth == 1 else f"student{student}_{depth}"
+
+
+def _through(modules: nn.ModuleDict, maps: Sequence[Tensor], depth: int) -> list[Tensor]:
+    """Each student's map of a stage through its own module, where it has one."""
+    names = [_part(i, depth) for i in range(len(maps))]
+    return [modules[n](x) if n in modules else x for n, x in zip(names, maps, strict=True)]

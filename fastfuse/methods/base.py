@@ -31,6 +31,7 @@ class Method(nn.Module, ABC):
         name: as on the command line.
         minimum_students, maximum_students: how many students it works with; no maximum is None.
         default_students: how many it has without a word.
+        has_students: whether they are networks of it at all; else the numbers above only let it be built as others are.
         teacher_count: frozen teachers that it has without a word; 0 is a method without teachers.
         extra_network: "leader" or "teacher" of a method that trains one more network beside its students.
         takes_image_size: whether its constructor wants the images' (height, width), as networks of several
@@ -45,6 +46,7 @@ class Method(nn.Module, ABC):
     minimum_students: ClassVar[int]
     maximum_students: ClassVar[int | None] = None
     default_students: ClassVar[int] = 2
+    has_students: ClassVar[bool] = True
     teacher_count: ClassVar[int] = 0
     extra_network: ClassVar[str | None] = None
     takes_image_size: ClassVar[bool] = False

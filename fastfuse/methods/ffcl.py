@@ -9,34 +9,38 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastfuse.losses import FusionLoss, ParameterGroups, ffcl
-from fastfuse.methods.base import Method, MethodOutput, check_students, network_group
-from fastfuse.models._blocks import last_channels
-from fastfuse.models.sizes import last_map_sizes
+from fastfuse.errors import InputError
+from fastfuse.losses import FusionLoss, ffcl
+from fastfuse.methods.base import MethodOutput, check_students
+from fastfuse.methods.fusing import Fusing
+from fastfuse.models.sizes import map_sizes
 from fastfuse.nn import Networks
+from fastfuse.nn.teachers import Teachers
 
 
-class FFCL(Method):
+class FFCL(Fusing):
     """A student and a larger teacher, both untrained, that learn from their fused map and from each other.
 
     Args:
         make_networks: each gives a freshly initialised student, at least one; they may differ in architecture.
         num_classes: K.
         teacher: gives the teacher; None: one like the first student.
+        teachers: with regularization="self", a trained copy of every student and of the teacher, in this order; copied
+            and frozen.
         image_size: see `FFL`.
-        hyperparameters: of `FusionLoss(method="ffcl")`.
+        fused_stages: how many of the deepest stages are fused.
+        hyperparameters: further ones of `FusionLoss(method="ffcl")`.
 
     Attributes:
-        peers: the students, and the teacher as the last one.
+        teachers: the frozen copies, if there are any.
     """
 
     name = "ffcl"
     minimum_students = 1
     default_students = 1
     deployed = "student0"
-    takes_image_size = True
     extra_network = "teacher"
-    defaults = ffcl.DEFAULTS
+    defaults = {**ffcl.DEFAULTS, "feature_temperature": 1.0}  # noqa: RUF012 - a ClassVar[Mapping] in Method
 
     def __init__(
         self,
@@ -44,52 +48,81 @@ class FFCL(Method):
         num_classes: int,
         *,
         teacher: Callable[[], nn.Module] | None = None,
+        teachers: Sequence[nn.Module] = (),
         image_size: int | tuple[int, int] | None = None,
+        fused_stages: int = 1,
         **hyperparameters: Any,
     ) -> None:
         super().__init__()
         check_students(type(self), len(make_networks))
         networks = [make() for make in (*make_networks, teacher or make_networks[0])]
         self.peers = Networks(networks)
-        channels = [last_channels(network) for network in networks]
-        sizes = None if image_size is None else last_map_sizes(networks, image_size)
-        self.criterion = FusionLoss(channels, num_classes, method="ffcl", feature_sizes=sizes, **hyperparameters)
+        tapped: list[Any] = networks
+        stages = min(len(network.feature_channels) for network in tapped)
+        if not 1 <= fused_stages <= stages:
+            raise InputError(
+                f"--fused-stages must be between 1 and {stages}, the stages that every network has, not {fused_stages}"
+            )
+        self.criterion = FusionLoss(
+            [list(network.feature_channels[-fused_stages:]) for network in tapped],
+            num_classes,
+            method="ffcl",
+            feature_sizes=None if image_size is None else _sizes(networks, image_size, fused_stages),
+            fused_stages=fused_stages,
+            **hyperparameters,
+        )
+        copied = self.criterion.hyperparameters["regularization"] == "self"
+        if len(teachers) != copied * len(networks):
+            raise InputError(
+                f"--regularization self needs a trained copy of each of the {len(networks)} networks, the students' "
+                f"first, not {len(teachers)}: name as many in --teachers, or leave them out and they are trained first"
+                if copied
+                else "ffcl has trained teachers with --regularization self alone: leave --teachers out"
+            )
+        if copied:
+            self.teachers = Teachers(teachers)
+
+    def targets(self, images: Tensor) -> list[Any]:
+        """See `Method.targets`: the logits of the frozen copies, if there are any."""
+        return [copy.logits for copy in self.teachers(images)] if hasattr(self, "teachers") else []
 
     def outputs(self, images: Tensor) -> Sequence[Any]:
-        """See `Method.outputs`; the teacher's come last."""
+        """See `Method.outputs`; the teacher's come behind the students', then the targets."""
+        targets = self.targets(images)
+        return [*self.peers(images), *targets]
+
+    def answers(self, images: Tensor) -> Sequence[Any]:
+        """See `Method.answers`; the copies are not asked."""
         return self.peers(images)
 
     def losses(self, outputs: Sequence[Any], labels: Tensor, progress: Tensor) -> MethodOutput:
         """See `Method.losses`."""
-        maps, logits = [peer.features[-1] for peer in outputs], [peer.logits for peer in outputs]
-        output = self.criterion(maps, logits, labels, progress=progress)
-        last = f"student{len(outputs) - 1}_"
+        count = len(self.peers)
+        peers, copies = outputs[:count], list(outputs[count:])
+        logits = [peer.logits for peer in peers]
+        output = self.criterion(self._maps(peers), logits, labels, copy_logits=copies or None, progress=progress)
+        last = f"student{count - 1}_"
         terms = {name.replace(last, "teacher_"): term for name, term in output.terms.items()}
-        rows = {name: row.detach() for name, row in zip(self._names(), logits, strict=True)}
-        return MethodOutput(output.loss, rows | {"fusion": output.fused_logits}, terms)
+        rows = {name: row.detach() for name, row in zip(self.names(), logits, strict=True)}
+        fused = zip(self.criterion.fusions(), (output.fused_logits, *output.shallow_logits), strict=True)
+        return MethodOutput(output.loss, rows | dict(fused), terms)
 
     def heads(self, outputs: Sequence[Any]) -> dict[str, Tensor]:
         """See `Method.heads`."""
-        logits = {name: peer.logits for name, peer in zip(self._names(), outputs, strict=True)}
-        maps = self.criterion.brought_together([peer.features[-1] for peer in outputs])
-        return logits | {"fusion": self.criterion.fusion(maps).logits}
-
-    def networks(self) -> dict[str, nn.Module]:
-        """See `Method.networks`."""
-        return dict(zip(self._names(), self.peers, strict=True)) | {"fusion": self.criterion.fusion}
-
-    def students(self) -> list[str]:
-        """See `Method.students`; the teacher is none of them."""
-        return [f"student{i}" for i in range(len(self.peers) - 1)]
-
-    def parameter_groups(self, **settings: Any) -> ParameterGroups:
-        """See `Method.parameter_groups`."""
-        own = self.criterion.parameter_groups(**settings)
-        return ParameterGroups([network_group(list(self.peers.parameters()), **settings), *own.sgd], own.adam)
+        peers = outputs[: len(self.peers)]
+        logits = {name: peer.logits for name, peer in zip(self.names(), peers, strict=True)}
+        return logits | self.criterion.fused_heads(self._maps(peers))
 
     def deployed_state(self) -> dict[str, Tensor]:
         """See `Method.deployed_state`."""
         return self.peers.state_of(0)
 
-    def _names(self) -> list[str]:
-        return [*self.students(), "teacher"]
+    def _maps(self, peers: Sequence[Any]) -> list[list[Tensor]]:
+        """Of each peer those of the stages that are fused."""
+        return [list(peer.features[-self.criterion.fused_stages :]) for peer in peers]
+
+
+def _sizes(networks: Sequence[nn.Module], image_size: int | tuple[int, int], stages: int) -> Sequence[Any]:
+    """As `FusionLoss` wants them: of each network the size of its last map, or those of several stages."""
+    every = map_sizes(networks, image_size)
+    return [own[-1] if stages == 1 else own[-stages:] for own in every]

@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastfuse.losses import FusionLoss, ParameterGroups, ffsd
-from fastfuse.methods.base import Method, MethodOutput, network_group
+from fastfuse.losses import FusionLoss, ffsd
+from fastfuse.methods.base import MethodOutput
+from fastfuse.methods.fusing import Fusing
 from fastfuse.models.sizes import last_map_sizes
 from fastfuse.nn import Networks
 
 
-class FFSD(Method):
+class FFSD(Fusing):
     """S common students, their fusion head, and a leader that learns from the fused map; the leader is deployed.
 
     Args:
@@ -23,16 +24,12 @@ class FFSD(Method):
         leader: gives the leader; None: one like the first student.
         image_size: see `FFL`.
         hyperparameters: of `FusionLoss(method="ffsd")`.
-
-    Attributes:
-        peers: the students, and the leader as the last one.
     """
 
     name = "ffsd"
     minimum_students = 2
     deployed = "leader"
     extra_network = "leader"
-    takes_image_size = True
     defaults = ffsd.DEFAULTS
 
     def __init__(
@@ -82,20 +79,6 @@ class FFSD(Method):
         maps = self.criterion.brought_together([s.features[-1] for s in students])
         logits["fusion"] = self.criterion.fusion(maps).logits
         return logits | {"leader": leader.logits}
-
-    def networks(self) -> dict[str, nn.Module]:
-        """See `Method.networks`."""
-        names = [*self.students(), "leader"]
-        return dict(zip(names, self.peers, strict=True)) | {"fusion": self.criterion.fusion}
-
-    def students(self) -> list[str]:
-        """See `Method.students`."""
-        return [f"student{i}" for i in range(len(self.peers) - 1)]
-
-    def parameter_groups(self, **settings: Any) -> ParameterGroups:
-        """See `Method.parameter_groups`."""
-        own = self.criterion.parameter_groups(**settings)
-        return ParameterGroups([network_group(list(self.peers.parameters()), **settings), *own.sgd], own.adam)
 
     def deployed_state(self) -> dict[str, Tensor]:
         """See `Method.deployed_state`."""

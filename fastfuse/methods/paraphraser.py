@@ -32,6 +32,7 @@ class ParaphraserTraining(Method):
     minimum_students = 1
     maximum_students = 1
     default_students = 1
+    has_students = False
     teacher_count = 1
     deployed = "paraphraser"
     loop_only = "it trains no network that reads the images"

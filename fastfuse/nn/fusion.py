@@ -82,6 +82,13 @@ class FusionHead(TransFusion):
         return FusionOutput(self.classifier(made.pooled), made.fused, made.attention)
 
 
+def fuse_all(heads: Sequence[FusionHead], features: Sequence[Sequence[Tensor]]) -> list[FusionOutput]:
+    """Several fusion modules that do not depend on each other, each with its own maps [B, C_s, H, W]."""
+    given = [head.given(maps) for head, maps in zip(heads, features, strict=True)]
+    found = functional.concat_fuse_all(given)
+    return [head.classify(made) for head, made in zip(heads, found, strict=True)]
+
+
 def fuse_and_mirror(
     head: FusionHead, features: Sequence[Tensor], mirror: TransFusion, mirrored: Sequence[Tensor]
 ) -> tuple[FusionOutput, Tensor]:

@@ -93,6 +93,8 @@ def make_method(
     method = METHODS[config.method]
     students: Any = config.student_models or config.students  # a number where they have no names
     sized = {"image_size": image_size} if method.takes_image_size else {}
+    # Unset is an option that is younger than the run.
+    own = {name: value for name in method.defaults if (value := getattr(config, name)) is not None}
     return build_method(
         config.method,
         model=config.model,
@@ -104,7 +106,7 @@ def make_method(
         model_options=_own_options(config),
         **(given or {}),
         **sized,
-        **{name: getattr(config, name) for name in method.defaults},
+        **own,
     )
 
 
@@ -179,7 +181,7 @@ def initial_weights(method: Method, entries: tuple[str, ...]) -> None:
         elif separator and not Path(entry).exists():
             raise unknown_name("network in --init", name, networks)
         else:
-            file, chosen = entry, [n for n in networks if n != "fusion"]
+            file, chosen = entry, [n for n in networks if not n.startswith("fusion")]
         state = read_weights(Path(file))
         for name in chosen:
             try:

@@ -18,7 +18,9 @@ def catalogue() -> list[dict[str, Any]]:
                 "minimum": method.minimum_students,
                 "maximum": method.maximum_students,
                 "default": method.default_students,
-            },
+            }
+            if method.has_students
+            else dict.fromkeys(("minimum", "maximum", "default"), 0),
             "teachers": method.teacher_count,
             "beside": method.extra_network,
             "deploys": method.deployed,
@@ -30,13 +32,17 @@ def catalogue() -> list[dict[str, Any]]:
 
 def needs(entry: dict[str, Any]) -> str:
     """What a method needs, in words: students, the network trained beside them, frozen teachers."""
-    students = entry["students"]
-    if students["maximum"] == students["minimum"]:
-        text = f"{students['minimum']} student" + ("s" if students["minimum"] > 1 else "")
-    else:
-        text = f"{students['minimum']} or more students"
+    students, parts = entry["students"], []
+    if students["maximum"] != students["minimum"]:
+        parts.append(f"{students['minimum']} or more students")
+    elif students["minimum"]:
+        parts.append(_counted(students["minimum"], "student"))
     if entry["beside"]:
-        text += f" and a {entry['beside']}"
+        parts[-1] += f" and a {entry['beside']}"
     if entry["teachers"]:
-        text += f", {entry['teachers']} frozen teacher" + ("s" if entry["teachers"] > 1 else "")
-    return text
+        parts.append(_counted(entry["teachers"], "frozen teacher"))
+    return ", ".join(parts)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" + ("s" if number > 1 else "")

@@ -161,7 +161,7 @@ def _chosen(config: TrainConfig, network: str | None) -> tuple[str, str]:
             f"a run of {config.method} trains no network that classifies images: there is nothing to export"
         )
     name = network or METHODS[config.method].deployed
-    if name in ("fusion", "ensemble", "oracle"):
+    if name in ("ensemble", "oracle") or name.startswith("fusion"):
         raise InputError(
             f"{name} is made of several networks and is never deployed; networks of this run: {', '.join(known)}"
         )

@@ -3,6 +3,7 @@
 Each is a run of its own below the run folder, started, resumed or found finished:
 
     teachers/            the teachers that --teachers does not name; several as one run of replicas
+    copies/NAME/         a copy of each network, for its own regularisation (ffcl)
     paraphrasers/N/      of teacher N (ft, and feed-* with paraphrased targets)
     search/              the aggregation weights (dfa)
     stages/stageN/       the students before the last (feed-sequential)
@@ -12,7 +13,7 @@ import dataclasses
 import json
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,13 @@ def resolved(config: TrainConfig, method: type[Method]) -> TrainConfig:
     Raises:
         InputError: an option of something that the method does not have.
     """
+    copied = len(_copied(config))
+    frozen = copied or method.teacher_count
     own = {
-        "teacher_model": method.teacher_count > 0 or method.extra_network == "teacher",
-        "teachers": method.teacher_count > 0,
-        "teacher_count": method.teacher_count > 0,
-        "teacher_epochs": method.teacher_count > 0,
+        "teacher_model": frozen > 0 or method.extra_network == "teacher",
+        "teachers": frozen > 0,
+        "teacher_count": frozen > 0,
+        "teacher_epochs": frozen > 0,
         "paraphraser_epochs": _paraphrases(config),
         "search_epochs": _searches(config),
         "feed_stages": config.method == "feed-sequential",
@@ -60,9 +63,14 @@ def resolved(config: TrainConfig, method: type[Method]) -> TrainConfig:
         if getattr(config, name) and not own[name]:
             option = "--" + name.replace("_", "-")
             raise InputError(f"{_described(config)} has no use for {option}: leave it out")
-    count = len(config.teachers) or config.teacher_count or method.teacher_count
+    count = len(config.teachers) or config.teacher_count or frozen
     if config.teachers and config.teacher_count not in (None, count):
         raise InputError(f"--teachers names {count}, --teacher-count asks for {config.teacher_count}: leave one out")
+    if copied and count != copied:
+        raise InputError(
+            f"{_described(config)} has a trained copy of each of its {copied} networks, not {count}: name one for each "
+            "in --teachers, or leave --teachers and --teacher-count out"
+        )
     students: list[Any] = config.student_models or [config.model]
     filled: dict[str, Any] = {
         "teacher_model": config.teacher_model or students[0],
@@ -82,9 +90,10 @@ def stand_in(config: TrainConfig, num_classes: int) -> tuple[TrainConfig, dict[s
     """
     if not config.teacher_count:
         return config, {}
-    given: dict[str, Any] = {"teachers": [load_teacher(entry, config, num_classes) for entry in config.teachers]}
-    while len(given["teachers"]) < config.teacher_count:
-        given["teachers"].append(_fresh_teacher(config, num_classes))
+    given: dict[str, Any] = {"teachers": _loaded(config.teachers, config, num_classes)}
+    models_of = list(_copied(config).values()) or [str(config.teacher_model)] * config.teacher_count
+    for model in models_of[len(given["teachers"]) :]:
+        given["teachers"].append(_fresh_teacher(config, model, num_classes))
     if _paraphrases(config):
         from fastfuse.nn.factor import Paraphraser
 
@@ -114,10 +123,10 @@ def prepared(config: TrainConfig, num_classes: int, train: Train | None) -> dict
     if not config.teacher_count:
         return {}
     runs = _Runs(config, train)
-    entries = list(config.teachers) or runs.teachers()
+    entries = list(config.teachers) or (runs.copies() if _copied(config) else runs.teachers())
     if config.method == "feed-sequential":
         entries = [runs.stages(entries[0])]
-    given: dict[str, Any] = {"teachers": [load_teacher(entry, config, num_classes) for entry in entries]}
+    given: dict[str, Any] = {"teachers": _loaded(entries, config, num_classes)}
     if _paraphrases(config):
         files = [runs.paraphraser(i, entry) / "paraphraser.safetensors" for i, entry in enumerate(entries)]
         given["paraphrasers"] = [read_weights(file) for file in files]
@@ -154,6 +163,14 @@ class _Runs:
         own: dict[str, Any] = {"model": config.teacher_model, "students": 1, "seed": seed, "replicas": count}
         path = self._run("teachers", "independent", config.teacher_epochs, **own)
         return [str(path / f"seed{seed + i}") for i in range(count)] if count > 1 else [str(path)]
+
+    def copies(self) -> list[str]:
+        """Of every network that learns, alone and from a start of its own."""
+        found = []
+        for i, (name, model) in enumerate(_copied(self.config).items()):
+            own: dict[str, Any] = {"model": model, "students": 1, "seed": self.config.seed + _TEACHER_SEED + i}
+            found.append(str(self._run(f"copies/{name}", "independent", self.config.teacher_epochs, **own)))
+        return found
 
     def paraphraser(self, index: int, teacher: str) -> Path:
         """Of one teacher."""
@@ -228,8 +245,14 @@ def _read_aggregation(path: Path) -> Any:
         ) from error
 
 
-def _fresh_teacher(config: TrainConfig, num_classes: int) -> nn.Module:
-    model = str(config.teacher_model)
+def _loaded(entries: Sequence[str], config: TrainConfig, num_classes: int) -> list[nn.Module]:
+    """The trained networks; a copy that is a weight file is one of its network's model."""
+    of_each = list(_copied(config).values())[: len(entries)] or [str(config.teacher_model)] * len(entries)
+    each = [dataclasses.replace(config, teacher_model=model) for model in of_each]
+    return [load_teacher(entry, own, num_classes) for entry, own in zip(entries, each, strict=True)]
+
+
+def _fresh_teacher(config: TrainConfig, model: str, num_classes: int) -> nn.Module:
     options = model_options(config) if model.startswith("wrn") else {}
     return models.build(model, num_classes, taps=config.taps if model == config.model else (), **options)
 
@@ -239,6 +262,15 @@ def _paraphrases(config: TrainConfig) -> bool:
     return config.method == "ft" or (feeds and config.factor_targets == "paraphrased")
 
 
+def _copied(config: TrainConfig) -> dict[str, str]:
+    """The networks of which trained copies are needed, with their models."""
+    if config.method != "ffcl" or config.regularization != "self":
+        return {}
+    students = config.student_models or [str(config.model)] * int(config.students or 1)
+    names = {f"student{i}": model for i, model in enumerate(students)}
+    return names | {"teacher": config.teacher_model or students[0]}
+
+
 def _searches(config: TrainConfig) -> bool:
     return config.method == "dfa" and config.aggregation == "searched"
 
@@ -246,6 +278,8 @@ def _searches(config: TrainConfig) -> bool:
 def _described(config: TrainConfig) -> str:
     if config.method == "dfa" and config.aggregation != "searched":
         return f"{config.method} with --aggregation {config.aggregation}"
+    if config.method == "ffcl":
+        return f"ffcl with --regularization {config.regularization}"
     if config.method.startswith("feed-"):
         return f"{config.method} with --factor-targets {config.factor_targets}"
     return config.method

@@ -1,14 +1,17 @@
 """A folder of images: splits, labels and pixels as they lie there; damaged files, wrong folders."""
 
+import json
 import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fastfuse import cli, data
 from fastfuse.errors import InputError
+from fastfuse.train import checkpoint
 
 Image = pytest.importorskip("PIL.Image", reason="no Pillow, which comes with torchvision")
 
@@ -100,3 +103,28 @@ def test_a_run_trains_on_it(tmp_path, capsys):
     options += f" --data imagefolder --data-root {tmp_path / 'images'} --image-size 8 --out {tmp_path / 'run'}"
     assert cli.main(["train", *options.split()]) == 0
     assert cli.main(["eval", str(tmp_path / "run"), "--json"]) == 0
+
+
+def test_weights_found_on_other_data_are_used(tmp_path, capsys):
+    """As DFA does with CINIC-10: searched where there are few classes, used on folders as they are unpacked."""
+    generator, small = np.random.default_rng(1), tmp_path / "small.npz"
+    images, labels = generator.integers(0, 256, (24, 8, 8, 3), dtype=np.uint8), np.arange(24) % 3
+    np.savez(small, train_images=images, train_labels=labels, test_images=images[:6], test_labels=labels[:6])
+    root = tmp_path / "cinic"
+    write(root, {f"{split}/{name}": 4 for split in ("train", "valid", "test") for name in "abcd"})
+    options = "--model resnet14 --epochs 1 --batch-size 8 --device cpu --quiet --teacher-epochs 1"
+    searched, used = tmp_path / "searched", tmp_path / "used"
+    first = f"--method dfa-search --data npz --data-path {small} --out {searched}"
+    assert cli.main(["train", *options.split(), *first.split()]) == 0
+    weights = searched / "aggregation.json"
+    own = f"--data imagefolder --data-root {root} --image-size 8 --aggregation-file {weights} --out {used}"
+    assert cli.main(["train", "--method", "dfa", *options.split(), *own.split()]) == 0
+    assert sorted(path.name for path in used.iterdir() if path.is_dir()) == ["teachers"], "nothing is searched again"
+    config, summary = (json.loads((used / name).read_text()) for name in ("config.json", "summary.json"))
+    assert config["aggregation_file"] == str(weights)
+    assert summary["best_chosen_on"] == "validation", "valid/ is there beside test/"
+    assert load_file(used / "student0.safetensors")["fc.weight"].shape == (4, 64)
+    found = [weight for group in json.loads(weights.read_text())["groups"] for weight in group["weights"]]
+    read = checkpoint.load(used / "checkpoint.pt")["method"]["weights"]
+    assert torch.equal(read, torch.tensor(found)) and len(set(found)) > 1, "they are not the uniform ones"
+    capsys.readouterr()

@@ -91,9 +91,17 @@ def fuse(features: Sequence[Tensor], state: dict[str, Tensor], prefix: str) -> T
     return batch_norm(x, state, f"{prefix}.norm2", True).clamp_min(0)
 
 
-def classify(fused: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+def classify(fused: Tensor, state: Mapping[str, Tensor], prefix: str = "fusion") -> Tensor:
     pooled = fused.sum((2, 3)) / (fused.shape[2] * fused.shape[3])
-    return pooled @ state["fusion.classifier.weight"].T + state["fusion.classifier.bias"]
+    return pooled @ state[f"{prefix}.classifier.weight"].T + state[f"{prefix}.classifier.bias"]
+
+
+def connect(feature: Tensor, state: dict[str, Tensor], prefix: str) -> Tensor:
+    """Through a 1x1 connector, where there is one of that name."""
+    if f"{prefix}.conv.weight" not in state:
+        return feature
+    widened = torch.einsum("oc,bchw->bohw", state[f"{prefix}.conv.weight"][:, :, 0, 0], feature)
+    return batch_norm(widened, state, f"{prefix}.norm", True)
 
 
 def transform(

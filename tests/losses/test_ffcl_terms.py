@@ -1,6 +1,7 @@
 """FFCL's terms and gradients against its equations, written down once more; which weight moves which gradient."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,20 +9,23 @@ from torch import Tensor
 
 from fastfuse import FusionLoss
 from fastfuse.errors import InputError
-from fastfuse.losses.ffcl import positive_knowledge
+from fastfuse.losses.ffcl import own_knowledge, positive_knowledge
 from tests.losses import batches, published
 
 HYPER = {
     "temperature": 3.0,
     "response_weight": 0.7,
     "peer_weight": 0.3,
+    "fused_stages": 1,
+    "feature_distance": "attention",
+    "feature_temperature": 1.0,
     "attention_weight": 10.0,
     "regularization": "virtual",
     "regularization_weight": 0.1,
     "regularization_temperature": 20.0,
     "detach_fusion": False,
 }
-# channels of the peers, size of their last map, deviations of hyper-parameters
+# channels of the peers' maps, size of their last map, deviations of hyper-parameters
 CASES = {
     "a student and a wider teacher": ([4, 9], 3, {}),
     "two students of one teacher: the mean over two peers": ([4, 5, 9], 2, {}),
@@ -29,6 +33,14 @@ CASES = {
     "without regularisation cross-entropy is whole": ([4, 9], 3, {"regularization": "off"}),
     "the fused head does not reach the peers": ([4, 9], 3, {"detach_fusion": True}),
     "another temperature and share": ([8, 8], 2, {"regularization_temperature": 2.5, "regularization_weight": 0.4}),
+    "squared differences, a connector for the narrow one": ([4, 9], 3, {"feature_distance": "mse"}),
+    "KL over positions": ([9, 9], 3, {"feature_distance": "kl", "feature_temperature": 2.5}),
+    "two stages": ([[3, 4], [5, 9], [3, 9]], 2, {"fused_stages": 2}),
+    "two of three stages, detached": ([[2, 3, 4], [2, 5, 4]], 2, {"fused_stages": 2, "detach_fusion": True}),
+    "three stages through connectors": ([[3, 4, 8], [3, 6, 5]], 2, {"fused_stages": 3, "feature_distance": "mse"}),
+    "two stages, KL": ([[3, 4], [5, 4]], 2, {"fused_stages": 2, "feature_distance": "kl"}),
+    "each one's own copy": ([4, 9], 3, {"regularization": "self"}),
+    "copies, a low temperature": ([8, 8, 4], 2, {"regularization": "self", "regularization_temperature": 1.5}),
 }
 
 
@@ -36,7 +48,10 @@ def prepared(case: str, **deviations: object) -> tuple[FusionLoss, dict, dict]:
     peers, deep, changed = CASES[case]
     hyper = HYPER | changed | deviations
     loss = FusionLoss(peers, batches.CLASSES, method="ffcl", **hyper)
-    return published.scramble(loss.double()), batches.arguments(peers, deep=deep), hyper
+    given = batches.arguments(peers, deep=deep)
+    if hyper["regularization"] == "self":
+        given["copy_logits"] = [batches.logits(4) for _ in peers]
+    return published.scramble(loss.double()), given, hyper
 
 
 def virtual_teacher(labels: Tensor, classes: int) -> Tensor:
@@ -59,24 +74,45 @@ def regularization(logits: Tensor, labels: Tensor, temperature: float, form: str
     return 100 * elements.mean() if form == "published" else temperature**2 * elements.sum() / len(logits)
 
 
-def equations(state: dict, hyper: dict, given: dict, factor: float) -> dict[str, Tensor]:
-    maps, logits, labels = [m[-1] for m in given["features"]], given["logits"], given["labels"]
-    peers, t = range(len(maps)), hyper["temperature"]
-    fused = published.fuse([m.detach() for m in maps] if hyper["detach_fusion"] else maps, state, "fusion")
-    fused_logits = published.classify(fused, state)
+def far(feature: Tensor, fused: Tensor, hyper: dict) -> Tensor:
+    """The distance of a map, behind its connector, from the fused one."""
+    fused = fused.detach()
+    if hyper["feature_distance"] == "attention":
+        return published.distance(published.attention(feature), published.attention(fused))
+    if hyper["feature_distance"] == "mse":
+        return ((feature - fused) ** 2).sum() / feature.numel()
+    return published.kl(*(x.flatten(0, 1).flatten(1) for x in (feature, fused)), hyper["feature_temperature"])
+
+
+def equations(
+    state: dict, hyper: dict, given: dict, factor: float, together: Callable = lambda maps, depth: maps
+) -> dict[str, Tensor]:
+    """All terms; `together` brings the maps of a stage to one size."""
+    logits, labels, ensemble = given["logits"], given["labels"], sum(given["logits"]) / len(given["logits"])
+    peers, t, terms = range(len(logits)), hyper["temperature"], {}
+    for depth in range(hyper["fused_stages"], 0, -1):  # the deepest last, whose logits the peers learn from
+        number = "" if depth == 1 else str(depth)
+        maps = together([own[-depth] for own in given["features"]], depth)
+        head = "fusion" if depth == 1 else f"shallow_fusions.fusion{depth}"
+        fused = published.fuse([m.detach() for m in maps] if hyper["detach_fusion"] else maps, state, head)
+        fused_logits = published.classify(fused, state, head)
+        terms[f"fusion{number}_ce"] = published.cross_entropy(fused_logits, labels)
+        terms[f"fusion{number}_kl"] = factor * published.kl(fused_logits, ensemble, t)
+        for i in peers:
+            own = f"connectors.student{i}" + (f"_{depth}" if number else "")
+            close = far(published.connect(maps[i], state, own), fused, hyper)
+            terms[f"student{i}_feature{number}"] = factor * hyper["attention_weight"] * close
     share = 0.0 if hyper["regularization"] == "off" else hyper["regularization_weight"]
-    terms = {
-        "fusion_ce": published.cross_entropy(fused_logits, labels),
-        "fusion_kl": factor * published.kl(fused_logits, sum(logits) / len(logits), t),
-    }
     for i in peers:
         others = [published.kl(logits[i], logits[j], t) for j in peers if j != i]
-        close = published.distance(published.attention(maps[i]), published.attention(fused).detach())
         terms[f"student{i}_ce"] = (1 - share) * published.cross_entropy(logits[i], labels)
         terms[f"student{i}_response"] = factor * hyper["response_weight"] * published.kl(logits[i], fused_logits, t)
         terms[f"student{i}_peers"] = factor * hyper["peer_weight"] * sum(others) / len(others)
-        terms[f"student{i}_feature"] = factor * hyper["attention_weight"] * close
-        if share:
+        if hyper["regularization"] == "self":
+            copy = given["copy_logits"][i]
+            own = published.kl(logits[i], copy, hyper["regularization_temperature"])
+            terms[f"student{i}_regularization"] = share * own
+        elif share:
             own = (hyper["regularization_temperature"], hyper["regularization"])
             terms[f"student{i}_regularization"] = share * regularization(logits[i], labels, *own)
     return terms
@@ -93,7 +129,10 @@ def test_terms_gradients_and_statistics_equal_the_equations(case: str) -> None:
     state = published.trainable_copy(loss)
     terms = equations(state, hyper, given, math.exp(-5 * (1 - 30 / 80) ** 2))
     output = loss(**given, progress=30)
+    assert set(output.terms) == set(terms)
     assert batches.differing(output.terms, {name: term.detach() for name, term in terms.items()}) == {}
+    copies = given.get("copy_logits", [])
+    assert not copies or set(gradients(output.loss, {str(i): row for i, row in enumerate(copies)}).values()) == {None}
     ours = gradients(output.loss, batches.leaves(given) | dict(loss.named_parameters()))
     wanted = batches.leaves(given) | {name: t for name, t in state.items() if t.requires_grad}
     assert set(ours) == set(wanted)
@@ -126,6 +165,23 @@ def test_the_regularisation_is_exact_in_float32_and_compiled() -> None:
         for ours, exact in zip(value_and_gradient(function, logits.clone()), truth, strict=True):
             assert ours.dtype == torch.float32
             torch.testing.assert_close(ours.double(), exact, rtol=2e-5, atol=1e-7)
+
+
+def test_knowledge_of_a_copy_is_exact_in_float32_and_nothing_where_both_agree() -> None:
+    logits, copies = torch.randn(2, 16, 100) * 3, torch.randn(2, 16, 100) * 3
+
+    def value_and_gradient(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+        rows = rows.clone().requires_grad_()
+        value = own_knowledge([*rows], [*others], 20.0)
+        return value.detach(), torch.autograd.grad(value.sum(), rows)[0]
+
+    truth = value_and_gradient(logits.double(), copies.double())
+    for ours, exact in zip(value_and_gradient(logits, copies), truth, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), exact, rtol=2e-5, atol=1e-7)
+    shifted = logits.double() + 7.0  # the same probabilities
+    assert own_knowledge([*shifted], [*logits.double()], 2.5).abs().max().item() < 1e-12
+    assert own_knowledge([*copies.double()], [*logits.double()], 2.5).min().item() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -166,7 +222,13 @@ def test_the_fused_head_reaches_the_peers_unless_it_is_detached() -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"regularization": "virtuel"}, "did you mean virtual"),
+        ({"regularization": "virtuel"}, "did you mean virtual.*known: off, published, self, virtual"),
+        ({"feature_distance": "l2"}, "unknown feature_distance 'l2'.*attention, kl, mse"),
+        ({"feature_distance": "mse", "feature": "kl"}, "same connectors: leave feature out"),
+        ({"feature_temperature": 0.0}, "feature_temperature"),
+        ({"fused_stages": 0}, "fused_stages must be a whole number of at least 1, not 0"),
+        ({"fused_stages": 1.5}, "fused_stages must be a whole number"),
+        ({"fused_stages": 2}, "fused_stages 2 needs the maps of 2 stages of every network, and has 1"),
         ({"regularization_temperature": 0.0}, "regularization_temperature"),
         ({"peer_weight": -1.0}, "peer_weight"),
         ({"lambda_fusion": 1.0}, "ffcl has no lambda_fusion"),

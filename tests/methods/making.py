@@ -13,6 +13,16 @@ WITHOUT_STUDENTS = tuple(name for name in ("paraphraser", "dfa-search") if name 
 LOOP_ONLY = ("ffl", "one", *WITHOUT_STUDENTS)
 WITH_STUDENTS = tuple(name for name in METHODS if name not in WITHOUT_STUDENTS)
 SIDE_BY_SIDE = tuple(name for name in METHODS if name not in LOOP_ONLY)
+# Methods with options that add networks: a name for the tests, the method, its options.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ffcl in full": ("ffcl", {"fused_stages": 3, "feature_distance": "mse", "regularization": "self"}),
+}
+EVERY = (*METHODS, *VARIANTS)
+
+
+def method_of(name: str) -> type[Method]:
+    """The class behind a method's or a variant's name."""
+    return METHODS[VARIANTS.get(name, (name, {}))[0]]
 
 
 def students_of(name: str, wanted: int) -> int:
@@ -22,7 +32,12 @@ def students_of(name: str, wanted: int) -> int:
 
 def ingredients(name: str, *, model: str = "resnet8", num_classes: int, **options: Any) -> dict[str, Any]:
     """What a method is given besides networks and hyper-parameters: untrained, but with statistics of their own."""
+    name, own = VARIANTS.get(name, (name, {}))
+    options = own | options
     method = METHODS[name]
+    if options.get("regularization") == "self":
+        copies = options.get("students", 2) + 1  # and the teacher, all of one architecture
+        return {"teachers": [untidy(models.build(model, num_classes)).float() for _ in range(copies)]}
     if not method.teacher_count:
         return {}
     # The search weighs the blocks of a stage: with one in each there is nothing to learn.
@@ -48,7 +63,9 @@ def smallest(name: str) -> str:
 def make(name: str, students: int = 2, *, model: str | None = None, num_classes: int, **options: Any) -> Method:
     """A method in training mode, of networks of one name; the teachers' too."""
     model = model or smallest(name)
-    given = ingredients(name, model=model, num_classes=num_classes, **options)
+    given = ingredients(name, model=model, num_classes=num_classes, **options, students=students)
+    name, own = VARIANTS.get(name, (name, {}))
+    options = own | options
     return build_method(
         name, model=model, students=students_of(name, students), num_classes=num_classes, **given, **options
     ).train()

@@ -22,6 +22,12 @@ MIXED = {
     "dml": (["wrn10_1", "resnet8"], {}, "wrn10_1"),
     "ffcl": (["resnet8"], {"teacher_model": "wrn10_2"}, "resnet8"),
     "ffcl, two students": (["resnet8", "wrn10_1"], {"teacher_model": "resnet14"}, "resnet8"),
+    "ffcl, every stage": (["resnet8"], {"teacher_model": "wrn10_2", "fused_stages": 3}, "resnet8"),
+    "ffcl, squares of two stages": (
+        ["resnet8", "densenet10_4"],
+        {"teacher_model": "wrn10_1", "fused_stages": 2, "feature_distance": "mse"},
+        "resnet8",
+    ),
     "independent": (["resnet8", "wrn10_1"], {}, "resnet8"),
 }
 
@@ -87,6 +93,7 @@ class Small(nn.Module):
         ("ffl", {"sharing": "separate"}, (2, 1), ["student1"]),
         ("ffl", {"sharing": "separate"}, (2, 2), []),
         ("ffcl", {}, (1, 2), ["student0"]),
+        ("ffcl", {"fused_stages": 3}, (1, 2), ["student0"]),  # its shallower maps have one size
         ("ffsd", {}, (1, 2), ["student0"]),
         ("ffsd", {}, (2, 2), []),
     ],

@@ -57,6 +57,7 @@ def update(method: Method) -> None:
         pytest.param("independent", 1, "resnet8", 13, id="a single network"),
         pytest.param("dml", 3, "resnet8", 13, id="dml"),
         pytest.param("ffcl", 2, "resnet8", 13, id="ffcl: gradients through the fused map"),
+        pytest.param("ffcl in full", 2, "resnet8", 13, id="ffcl: three stages, a copy of each network"),
         pytest.param("feed-parallel", 1, "resnet8", 13, id="feed-parallel: teachers beside the student"),
         pytest.param("dfa", 1, "wrn10_1", 13, id="dfa: maps inside the network"),
     ],

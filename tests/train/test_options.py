@@ -69,6 +69,12 @@ CHANGES_WEIGHTS = {
     "response_weight": ("--method ffcl --rampup-epochs 0 --response-weight 5", "--method ffcl --rampup-epochs 0"),
     "peer_weight": ("--method ffcl --rampup-epochs 0 --peer-weight 5", "--method ffcl --rampup-epochs 0"),
     "attention_weight": ("--method ffcl --rampup-epochs 0 --attention-weight 50", "--method ffcl --rampup-epochs 0"),
+    "fused_stages": ("--method ffcl --fused-stages 2", "--method ffcl"),
+    "feature_distance": ("--method ffcl --rampup-epochs 0 --feature-distance mse", "--method ffcl --rampup-epochs 0"),
+    "feature_temperature": (
+        "--method ffcl --rampup-epochs 0 --feature-distance kl --feature-temperature 4",
+        "--method ffcl --rampup-epochs 0 --feature-distance kl",
+    ),
     "regularization": ("--method ffcl --regularization off", "--method ffcl"),
     "regularization_weight": ("--method ffcl --regularization-weight 0.5", "--method ffcl"),
     "regularization_temperature": ("--method ffcl --regularization-temperature 2", "--method ffcl"),

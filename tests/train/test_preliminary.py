@@ -64,6 +64,32 @@ def test_what_a_method_needs_is_trained_first_and_kept(train, method):
     assert status == 0
 
 
+COPIED = ("--method", "ffcl", "--regularization", "self")
+
+
+def test_every_network_is_held_by_its_own_copy(train, capsys):
+    """Each is trained first, alone, of its own architecture; the same named by run or by file train the same again."""
+    run = train(*COPIED, "--teacher-model", "wrn10_1", "--teacher-epochs", 1)
+    assert folders(run.path) == {"copies/student0": 1, "copies/teacher": 1}
+    found = [json.loads((run.path / "copies" / name / "config.json").read_text()) for name in ("student0", "teacher")]
+    assert [(own["method"], own["model"]) for own in found] == [("independent", "resnet8"), ("independent", "wrn10_1")]
+    assert len({run.config["seed"], *(own["seed"] for own in found)}) == 3
+    assert not any("copies" in key or "teachers" in key for key in load(run.path / "checkpoint.pt")["method"])
+    assert cli.main(["eval", str(run.path), "--json"]) == 0
+    capsys.readouterr()
+    files = [run.path / "copies/student0", run.path / "copies/teacher/student0.safetensors"]
+    again = train(*COPIED, "--teacher-model", "wrn10_1", "--teachers", *files, out="again")
+    assert folders(again.path) == {}
+    ours, theirs = (load(own.path / "checkpoint.pt")["method"] for own in (run, again))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    other = train(*COPIED, "--teacher-model", "wrn10_1", "--teachers", files[0], train_other(train), out="other")
+    assert not torch.equal(load(other.path / "checkpoint.pt")["method"]["peers.1.fc.weight"], ours["peers.1.fc.weight"])
+
+
+def train_other(train) -> Path:
+    return train("--method", "independent", "--students", 1, "--seed", 7, out="elsewhere").path
+
+
 def test_several_teachers_differ_and_are_replicas_of_one_run(train):
     run = train("--method", "feed-parallel", "--teacher-count", 2)
     first, second = (load_file(run.path / "teachers" / f"seed{s}" / "student0.safetensors") for s in (1000, 1001))
@@ -106,9 +132,17 @@ def test_a_search_of_another_run_takes_the_place_of_one(train):
     assert (alone.path / "aggregation.png").exists() == (importlib.util.find_spec("matplotlib") is not None)
 
 
-@pytest.mark.parametrize("at", [2, 8, 14], ids=["in the teacher", "in the paraphraser", "in the run"])
-def test_interrupted_anywhere_it_goes_on_to_the_same_end(tiny, tmp_path, capsys, monkeypatch, at):
-    options = [*tiny, "--method", "ft"]
+@pytest.mark.parametrize(
+    ("own", "at"),
+    [
+        pytest.param(("--method", "ft"), 2, id="in the teacher"),
+        pytest.param(("--method", "ft"), 8, id="in the paraphraser"),
+        pytest.param(("--method", "ft"), 14, id="in the run"),
+        pytest.param(COPIED, 8, id="in the second copy", marks=pytest.mark.long),
+    ],
+)
+def test_interrupted_anywhere_it_goes_on_to_the_same_end(tiny, tmp_path, capsys, monkeypatch, own, at):
+    options = [*tiny, *own]
     assert cli.main([*options, "--out", str(tmp_path / "whole")]) == 0
     steps, run_step = [], TrainStep.__call__
 
@@ -149,6 +183,13 @@ def test_bad_input_is_found_before_the_teachers_are_trained(refused):
         ("--method kd --teachers nowhere", "teacher nowhere cannot be found: --teachers takes run folders"),
         ("--method kd --teachers a b --teacher-count 3", "--teachers names 2, --teacher-count asks for 3"),
         ("--method dml --teachers a", "dml has no use for --teachers: leave it out"),
+        ("--method ffcl --teachers a", "ffcl with --regularization virtual has no use for --teachers"),
+        (
+            "--method ffcl --regularization self --teachers a",
+            "copy of each of its 2 networks, not 1: name one",
+        ),
+        ("--method ffcl --regularization self --teacher-count 3", "copy of each of its 2 networks, not 3"),
+        ("--method ffcl --regularization own", "known: off, published, self, virtual"),
         ("--method kd --search-epochs 2", "kd has no use for --search-epochs"),
         ("--method feed-parallel --paraphraser-epochs 2", "--factor-targets raw has no use for --paraphraser-epochs"),
         (
@@ -228,7 +269,14 @@ def test_weights_of_a_library_are_its_own(monkeypatch):
 
 
 def test_resolving_again_changes_nothing():
-    for options in ({"method": "ft"}, {"method": "dfa", "search_epochs": 3}, {"method": "kd", "teachers": ("a", "b")}):
+    copied = {"method": "ffcl", "regularization": "self", "students": 2}
+    assert build.resolved(TrainConfig(**copied)).teacher_count == 3
+    for options in (
+        copied,
+        {"method": "ft"},
+        {"method": "dfa", "search_epochs": 3},
+        {"method": "kd", "teachers": ("a", "b")},
+    ):
         once = build.resolved(TrainConfig(**options))
         assert build.resolved(once) == once
         assert dataclasses.asdict(once)["teacher_epochs"] == once.epochs

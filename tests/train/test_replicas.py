@@ -25,9 +25,10 @@ FIRST, REPLICAS = 5, 3
 
 def exact_engine(name: str, seed: int, replicas: int, strategy: str) -> Engine:
     """In float64, from the weights and draws of a seed, or of several."""
-    config = resolved(TrainConfig(method=name, model="resnet8", seed=seed, replicas=replicas))
+    method, own = making.VARIANTS.get(name, (name, {}))
+    config = resolved(TrainConfig(method=method, model="resnet8", seed=seed, replicas=replicas, **own))
     torch.manual_seed(0)
-    given = making.ingredients(name, num_classes=5)
+    given = making.ingredients(name, num_classes=5, students=config.students)
     method = with_replicas(make_method(config, 5, given), config, 5, given).double().train()
     method.arrange(strategy)
     step = TrainStep(method, build_optimizers(method, lr=0.02))
@@ -39,6 +40,7 @@ def exact_engine(name: str, seed: int, replicas: int, strategy: str) -> Engine:
 
 
 WAYS = [(m, s) for m in METHODS for s in ("loop", "grouped") if s == "loop" or m in making.SIDE_BY_SIDE]
+WAYS += [pytest.param(m, "grouped", marks=pytest.mark.long) for m in making.VARIANTS]
 
 
 @pytest.mark.parametrize(("name", "strategy"), WAYS)

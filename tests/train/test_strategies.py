@@ -48,13 +48,19 @@ def check(method: str, mode: str, strategy: str) -> None:
     agree_over_20_steps(make(method), other, f"{mode}, {strategy}")
 
 
-@pytest.mark.parametrize("method", [m for m, mode, strategy in TRAINED if (mode, strategy) == ("eager", "grouped")])
+GROUPED = [m for m, mode, strategy in TRAINED if (mode, strategy) == ("eager", "grouped")]
+
+
+@pytest.mark.parametrize("method", [*GROUPED, *(pytest.param(m, marks=pytest.mark.long) for m in making.VARIANTS)])
 def test_grouped_steps_are_the_steps_of_the_loop(method):
     check(method, "eager", "grouped")
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("method", "mode", "strategy"), [row for row in TRAINED if row[1] == "compiled"])
+@pytest.mark.parametrize(
+    ("method", "mode", "strategy"),
+    [*(row for row in TRAINED if row[1] == "compiled"), *((m, "compiled", "loop") for m in making.VARIANTS)],
+)
 def test_compiled_steps_are_eager_steps(method, mode, strategy, monkeypatch):
     if (method, strategy) not in GENERATED:
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
