@@ -4,15 +4,16 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 
-def started(options: list[str], out: Path) -> subprocess.Popen:
+def started(options: list[str], out: Path, *, launcher: Sequence[str] = (sys.executable,)) -> subprocess.Popen:
     """A run in progress: its first epoch is done."""
-    command = [sys.executable, "-m", "fastfuse", "train", *options, "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launcher, "-m", "fastfuse", "train", *options, "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment)
     while not (out / "metrics.jsonl").exists():
         assert process.poll() is None, process.stderr.read()

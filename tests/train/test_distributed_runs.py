@@ -18,6 +18,7 @@ from fastfuse.train.run import train
 from fastfuse.train.step import TrainStep
 from tests.train.conftest import Run
 from tests.train.ranks import together
+from tests.train.started import assert_nobody_is_left, started
 
 FFL = ("--method", "ffl", "--sync-batchnorm", "--lr", "0.01")
 
@@ -164,3 +165,19 @@ def test_torchrun_writes_what_one_process_writes(tiny, train, tmp_path):
     assert refused.returncode != 0
     assert "fastfuse: --mode compiled cannot take --sync-batchnorm" in refused.stderr
     assert not (tmp_path / "three").exists()
+
+
+@pytest.mark.long
+def test_sigterm_to_torchrun_stops_all_and_the_run_goes_on(tiny, tmp_path):
+    """As batch systems do it: torchrun passes the signal on, and has an exit status of its own."""
+    out = tmp_path / "run"
+    process = started([*tiny[1:], *FFL, "--epochs", "5000"], out, launcher=TORCHRUN)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode not in (0, None), errors
+    assert_nobody_is_left(process)
+    done = load(out / "checkpoint.pt")["position"]["steps_done"]
+    assert done > 0 and f"fastfuse train --resume --out {out}" in errors
+    again = torchrun("train", "--resume", "--max-time", "0.00001", "--out", out)
+    assert again.returncode == 0, again.stderr
+    assert load(out / "checkpoint.pt")["position"]["steps_done"] > done
