@@ -142,6 +142,7 @@ def _compiled(method: Method) -> Any:
     limits.recompile_limit = max(limits.recompile_limit, 256)
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 1024)
     # Below DistributedDataParallel it would cut the graph where gradients' buckets end, so that their all-reduces begin
-    # before the backward ends. FFSD's gradients are wrong then (docs/LOG.md, 2026-11-21), and right in one piece.
+    # before the backward ends. Wrong gradients were seen once with it (docs/LOG.md, 2026-11-21): in one piece until it
+    # is understood.
     limits.optimize_ddp = False
     return torch.compile(method, dynamic=False, fullgraph=True)

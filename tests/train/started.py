@@ -15,7 +15,8 @@ def started(options: list[str], out: Path, *, launcher: Sequence[str] = (sys.exe
     command = [*launcher, "-m", "fastfuse", "train", *options, "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment)
-    while not (out / "metrics.jsonl").exists():
+    metrics = out / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size):  # it is there, empty, before signals are listened to
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     return process

@@ -24,6 +24,9 @@ from fastfuse.kernels._device import ordered_sum
 TILE_BYTES = 2048
 FEW = 4
 WARPS = 4
+# A thread's registers in the backward of more than FEW: left alone, the assembler takes 40 and spills 16 bytes (of
+# float32, sm_80, triton 3.6), or 128 and spills 24 (bfloat16, sm_100). Pieces of 64 positions need more than 128.
+MOST_REGISTERS = 168
 # The longest piece of a row in one tile: where rows are contiguous in memory, and where their neighbours are. With 512
 # and 32, eight students spill 24 bytes of registers on sm_80, and 16 on sm_90 with triton 3.6.
 LONGEST_PIECE = 128
@@ -237,6 +240,7 @@ class _Launch:
         rounded = struct.unpack("f", struct.pack("f", 1 / temperature))[0]
         self.inverse_temperature = rounded, 1 / temperature - rounded
         self.options = {"STUDENTS": len(features), **tile, "num_warps": WARPS}
+        self.limit = {} if together <= FEW else {"maxnreg": MOST_REGISTERS}
 
     def _extent(self, x: Tensor) -> tuple[int, int, int]:
         """Samples, rows in a sample, elements in a row."""
@@ -274,6 +278,6 @@ def backward(
     launch, to = _Launch(features, targets, temperature, over_channels), _students.Places(features, targets, wanted)
     feature_kl_bwd_kernel[launch.grid](
         gradient, to.maps, to.gradients, launch.strides((*to.maps, *to.gradients)), launch.extents, launch.scales,
-        launch.inverse_temperature, WANTED=to.wanted, **launch.options,
+        launch.inverse_temperature, WANTED=to.wanted, **launch.options, **launch.limit,
     )  # fmt: skip
     return to.found
