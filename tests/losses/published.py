@@ -104,6 +104,21 @@ def connect(feature: Tensor, state: dict[str, Tensor], prefix: str) -> Tensor:
     return batch_norm(widened, state, f"{prefix}.norm", True)
 
 
+def regress(maps: Sequence[Tensor], state: dict[str, Tensor], depth: int = 1) -> list[Tensor]:
+    """Larger maps of one stage, `depth` from the last, at the smallest height and width: windows written out."""
+    goal, found = [min(m.shape[d] for m in maps) for d in (2, 3)], []
+    for i, x in enumerate(maps):
+        prefix = f"regressors.student{i}" + ("" if depth == 1 else f"_{depth}")
+        if [*x.shape[2:]] != goal:
+            for d, side in zip((2, 3), goal, strict=True):
+                step = x.shape[d] // side
+                x = x.unfold(d, maps[i].shape[d] - (side - 1) * step, step)
+            x = torch.einsum("ocij,bchwij->bohw", state[f"{prefix}.conv.weight"], x)
+            x = batch_norm(x, state, f"{prefix}.norm", True)
+        found.append(x)
+    return found
+
+
 def transform(
     deep: Tensor, state: dict[str, Tensor], name: str, like: Sequence[Tensor], training: bool
 ) -> list[Tensor]:

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from fastfuse import FusionLoss
 from fastfuse.errors import InputError
@@ -27,21 +26,6 @@ def built(**options: object) -> FusionLoss:
     return published.scramble(loss.double())
 
 
-def regressed(maps: list[Tensor], state: dict[str, Tensor], depth: int) -> list[Tensor]:
-    """Windows written out, then batch norm; see test_regressors.py for one stage."""
-    goal, found = [min(m.shape[d] for m in maps) for d in (2, 3)], []
-    for i, x in enumerate(maps):
-        prefix = f"regressors.student{i}" + ("" if depth == 1 else f"_{depth}")
-        if [*x.shape[2:]] != goal:
-            for d, side in zip((2, 3), goal, strict=True):
-                step = x.shape[d] // side
-                x = x.unfold(d, maps[i].shape[d] - (side - 1) * step, step)
-            x = torch.einsum("ocij,bchwij->bohw", state[f"{prefix}.conv.weight"], x)
-            x = published.batch_norm(x, state, f"{prefix}.norm", True)
-        found.append(x)
-    return found
-
-
 @pytest.mark.parametrize("case", SIZES)
 def test_maps_of_each_stage_meet_at_their_smallest_size(case: str) -> None:
     sizes, regressors = SIZES[case]
@@ -56,7 +40,7 @@ def test_maps_of_each_stage_meet_at_their_smallest_size(case: str) -> None:
     state = published.trainable_copy(loss)
     hyper = {**HYPER, "fused_stages": 2, "feature_distance": "mse"}
     factor = math.exp(-5 * (1 - 30 / 80) ** 2)
-    terms = equations(state, hyper, given, factor, together=lambda maps, depth: regressed(maps, state, depth))
+    terms = equations(state, hyper, given, factor, together=lambda maps, depth: published.regress(maps, state, depth))
     output = loss(**given, progress=30)
     assert set(output.terms) == set(terms)
     assert batches.differing(output.terms, {name: term.detach() for name, term in terms.items()}) == {}

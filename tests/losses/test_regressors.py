@@ -30,22 +30,6 @@ def prepared(case: str, **options: object) -> tuple[FusionLoss, dict]:
     return published.scramble(loss), given
 
 
-def together(loss: FusionLoss, state: dict[str, Tensor], maps: list[Tensor]) -> list[Tensor]:
-    """Windows written out, then batch norm."""
-    height, width = (min(m.shape[d] for m in maps) for d in (2, 3))
-    found = []
-    for i, x in enumerate(maps):
-        prefix = f"regressors.student{i}"
-        if x.shape[2:] != (height, width):
-            for d, goal in ((2, height), (3, width)):
-                step = x.shape[d] // goal
-                x = x.unfold(d, maps[i].shape[d] - (goal - 1) * step, step)
-            x = torch.einsum("ocij,bchwij->bohw", state[f"{prefix}.conv.weight"], x)
-            x = published.batch_norm(x, state, f"{prefix}.norm", True)
-        found.append(x)
-    return found
-
-
 def gradients(total: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor | None]:
     found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, retain_graph=True)
     return dict(zip(leaves, found, strict=True))
@@ -57,7 +41,7 @@ def test_terms_gradients_and_statistics_equal_the_equations(case: str, feature: 
     loss, given = prepared(case, feature=feature)
     assert set(loss.regressors) == CASES[case][2]
     state = published.trainable_copy(loss)
-    maps = together(loss, state, [own[-1] for own in given["features"]])
+    maps = published.regress([own[-1] for own in given["features"]], state)
     frozen = dict(state)
     factor = math.exp(-5 * (1 - 30 / 80) ** 2)
     terms = published.flat(published.ffl(state, HYPER, maps, given["logits"], given["labels"], factor=factor))

@@ -1,7 +1,7 @@
 """What only a GPU can show of the trainer."""
 
 import copy
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 
 import pytest
 import torch
@@ -33,6 +33,16 @@ def exact_products(monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
+@contextmanager
+def waiting_refused():
+    """A block in which PyTorch raises wherever the host waits for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("graphed", [False, True], ids=["eager", "graphed"])
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 @pytest.mark.parametrize("name", making.EVERY)
@@ -40,12 +50,9 @@ def test_a_step_waits_for_nothing(name, amp, graphed):
     engine = make(name, amp=amp, ema=0.9, graphed=graphed, device="cuda")
     run_epoch(engine)  # compiles kernels, captures graphs
     engine.start_epoch(seed=0, epoch=1, step=0, factors=[1.0] * 3)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_refused():
         for step in range(3):
             engine.run(step)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert all(torch.isfinite(x).all() for x in state_of(engine).values() if amp != "fp16")
 
 
@@ -56,11 +63,8 @@ def test_guards_wait_for_nothing_and_skip_in_a_graph_too(amp, graphed):
     run_epoch(engine)
     engine.start_epoch(seed=0, epoch=1, step=0, factors=[1.0] * 3)
     weight = next(engine.step.method.parameters())
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_refused():
         engine.run(0)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     with torch.no_grad():
         kept = weight.clone()
         weight[0, 0, 0, 0] = float("nan")
@@ -123,12 +127,9 @@ def test_graphed_steps_with_collectives_wait_for_nothing(form, group):
         run_epoch(engine)  # captures graphs
         engine.start_epoch(seed=0, epoch=1, step=0, factors=[1.0] * 3)
         group.as_leader(list(engine.step.method.buffers()))  # as between two epochs: a collective outside of all graphs
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with waiting_refused():
             for step in range(3):
                 engine.run(step)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         assert engine.graphed and len(engine._graphs) == 2
         assert all(torch.isfinite(x).all() for x in state_of(engine).values() if "amp" not in form)
 
