@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastfuse import FusionLoss
 from tests.losses import batches, published
-from tests.losses.test_regressors import gradients, together
+from tests.losses.test_regressors import gradients
 
 HYPER = {
     "temperature": 2.0,
@@ -54,7 +54,7 @@ def test_terms_gradients_and_statistics_equal_the_equations(case: str) -> None:
     def joined(maps: list[Tensor]) -> list[Tensor]:
         # The helper brings maps to the smallest of those that it is given: a leader's smaller one is one of them.
         goal = [given["leader_features"][-1].detach()] if CASES[case][2] else []
-        return together(loss, state, [*maps, *goal])[: len(maps)]
+        return published.regress([*maps, *goal], state)[: len(maps)]
 
     widths = [channels[-1] for channels in CASES[case][0]]
     sources = {i: i if widths[i] == widths[i - 1] else i - 1 for i in range(1, len(widths))}
