@@ -88,19 +88,26 @@ class Optimizers:
 
     def step(self, scaler: torch.amp.GradScaler | None = None) -> None:
         """One update of everything; through the gradient scaler if there is one."""
+        if scaler is not None:
+            for optimizer in self.optimizers:
+                scaler.unscale_(optimizer)
         if self.clip_norm is not None:
-            if scaler is not None:
-                for optimizer in self.optimizers:
-                    scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(self._parameters, self.clip_norm, foreach=True)
         if scaler is None:
             self._step()
-            return
+        else:
+            self._step_scaled(scaler)
+
+    def _step_scaled(self, scaler: torch.amp.GradScaler) -> None:
+        # The scaler looks at each optimizer alone: one would take its step where the other leaves it out.
+        flags = [flag for optimizer in self.optimizers for flag in scaler._found_inf_per_device(optimizer).values()]
+        found = torch.stack(flags).amax()  # 1 and no more: what the fused kernels look for
+        for flag in flags:
+            flag.copy_(found)
         for optimizer in self.optimizers:
             scaler.step(optimizer)
         if self.bad is not None:
-            found = [flag for optimizer in self.optimizers for flag in scaler._found_inf_per_device(optimizer).values()]
-            self.bad.copy_(torch.stack(found).sum())
+            self.bad.copy_(found)
         scaler.update()
 
     def _step(self) -> None:

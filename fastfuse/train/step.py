@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastfuse.methods.base import Method, MethodOutput
 from fastfuse.nn.sync_norm import synchronise
+from fastfuse.train.buffers import Buffers
 from fastfuse.train.distributed import ALONE, Processes, wrapped
 from fastfuse.train.micro import Micro, plan, taken
 from fastfuse.train.optim import Optimizers
@@ -86,12 +87,15 @@ class TrainStep:
             means over all of them without logits.
         """
         self.optimizers.zero_grad()
+        before = None if self.optimizers.bad is None else Buffers(self.method)
         images = images.contiguous(memory_format=self.memory_format)
         if self.accumulate == 1 and self.share.processes == 1:
             output = self._backward(images, labels, progress)
         else:
             output = self._in_parts(images, labels, progress, images.shape[0] if count is None else count)
         self.optimizers.step(self.scaler)
+        if before is not None and self.optimizers.bad is not None:
+            before.put_back(self.optimizers.bad)
         return output
 
     def own(self, count: int) -> int:
@@ -103,6 +107,9 @@ class TrainStep:
         with self.autocast():
             output = self._forward(images, labels, progress)
         loss = output.loss if weight is None else output.loss * weight
+        if self.optimizers.bad is not None:
+            # Times one, or times NaN: a loss that is not finite has no finite gradient then, in any process.
+            loss = loss * (output.loss.detach() * 0 + 1)
         loss = loss if self.scaler is None else self.scaler.scale(loss)
         loss.backward()
         return output

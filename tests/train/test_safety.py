@@ -104,6 +104,64 @@ def test_with_a_gradient_scaler_the_flag_is_the_scalers_and_clipping_sees_true_g
     assert all(torch.equal(a, b) for a, b in zip(method.peers.parameters(), weights, strict=True))
 
 
+@pytest.mark.parametrize("place", ["peers.0", "transforms"], ids=["of SGD", "of Adam"])
+def test_with_a_gradient_scaler_one_optimizers_overflow_stops_both(place):
+    method, optimizers = made()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    scaler.scale(torch.zeros(()))
+    for seed in range(2):
+        give_gradients(method, seed)
+        before = everything(method, optimizers)
+        if seed == 1:
+            next(p for name, p in method.named_parameters() if place in name).grad.view(-1)[0] = float("inf")
+        optimizers.step(scaler)
+    assert_same(everything(method, optimizers), before)
+    assert scaler.get_scale() == 2.0**7, "halved once"
+
+
+class Flat(torch.autograd.Function):
+    """An infinite value whose gradient is an ordinary one, as that of a cross entropy at a logit of -inf."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x + float("inf")
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def bad_images(step, images):
+    images[0, 0, 0, 0] = float("nan")
+
+
+def bad_loss(step, images):
+    losses = step.method.losses
+    step.method.losses = lambda *given: (out := losses(*given))._replace(loss=Flat.apply(out.loss))
+
+
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+@pytest.mark.parametrize("spoil", [bad_images, bad_loss], ids=["in the statistics too", "of the loss alone"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_that_is_left_out_leaves_weights_and_statistics(amp, spoil, accumulate):
+    method, optimizers = made(skip_bad=True)
+    step = TrainStep(method.train(), optimizers, amp=amp, accumulate=accumulate)
+    if step.scaler is not None:  # whose first scale overflows by itself
+        step.scaler._scale.fill_(1.0)
+    images, labels, progress = torch.randn(6, 3, 16, 16), torch.arange(6) % 3, torch.tensor(0.0)
+    step(images, labels, progress)
+    addresses = [x.data_ptr() for x in method.buffers()]
+    before = [*everything(method, optimizers), *(x.clone() for x in method.buffers())]
+    spoil(step, spoilt := images.clone())
+    step(spoilt, labels, progress)
+    assert optimizers.bad > 0
+    assert_same([*everything(method, optimizers), *method.buffers()], before)
+    assert [x.data_ptr() for x in method.buffers()] == addresses
+    method.__dict__.pop("losses", None)
+    step(images, labels, progress)
+    assert optimizers.bad == 0 and not torch.equal(next(method.buffers()), before[len(everything(method, optimizers))])
+
+
 def test_reproducible_is_for_a_while(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     with modes.reproducible(on=False):
