@@ -41,7 +41,10 @@ def save(path: Path, state: dict[str, Any], *, keep: int = 1) -> None:
 
     def write(file: BinaryIO) -> None:
         hashing: Any = _Hashing(file)  # as much of a file as is needed
-        torch.save({"format": FORMAT, "version": VERSION, **state}, hashing)
+        try:
+            torch.save({"format": FORMAT, "version": VERSION, **state}, hashing)
+        except RuntimeError as error:  # torch's own, about positions in its archive
+            raise hashing.failure or error from error
         file.write(_MARK + hashing.digest())
 
     write_atomic(path, write, before_replacing=lambda: _step_back(path, keep))
@@ -169,14 +172,19 @@ def _step_back(path: Path, keep: int) -> None:
 
 
 class _Hashing:
-    """A file that takes the checksum of what is written to it."""
+    """A file that takes the checksum of what is written to it, and remembers why it could not be written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._hash = file, hashlib.sha256()
+        self.failure: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self._hash.update(data)
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
 
     def flush(self) -> None:
         self._file.flush()

@@ -1,5 +1,6 @@
 """Writing files so that a reader finds the old one or the new one, never a part."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,8 @@ def write_atomic(
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
         # torch.save reports a failed write of its archive as a RuntimeError.
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # as of a file system that can no longer be written to
+            temporary.unlink(missing_ok=True)
         raise WriteError(f"cannot write {path}: {_reason(error)}; free space or choose another --out") from error
 
 

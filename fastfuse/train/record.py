@@ -1,5 +1,6 @@
 """The run folder: config.json, metrics.jsonl and .csv, summary.json and the deployed network's weights."""
 
+import contextlib
 import csv
 import io
 import json
@@ -87,7 +88,8 @@ class RunFolder:
         """Write one network's weights as NAME.safetensors, those of a replica, SEED/NAME, in its folder."""
         from safetensors.torch import save
 
-        (self.path / name).parent.mkdir(exist_ok=True)
+        with contextlib.suppress(OSError):  # which writing then says in one line
+            (self.path / name).parent.mkdir(exist_ok=True)
         data = save({key: value.detach().cpu().contiguous() for key, value in state.items()})
         write_atomic(self.path / f"{name}.safetensors", lambda file: file.write(data))
 

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import torch
 from fastfuse import cli
 from fastfuse.train import files
 from fastfuse.train.checkpoint import load
+from fastfuse.train.record import RunFolder
 
 
 @pytest.mark.parametrize(
@@ -384,9 +386,24 @@ def test_a_real_limit_on_file_sizes(tiny, tmp_path):
     process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert process.returncode == 1
     *warnings, message = process.stderr.splitlines()
-    assert message.startswith("fastfuse: cannot write") and "checkpoint.pt" in message
+    assert message.startswith("fastfuse: cannot write") and "checkpoint.pt: File too large; free space" in message
     assert warnings and all("training goes on" in warning for warning in warnings)
     assert not list(out.glob("*.tmp")) and not (out / "checkpoint.pt").exists()
+
+
+def test_a_disk_that_became_read_only_is_one_line(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(files.os, "fsync", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(files.WriteError, match=r"cannot write .*: Read-only file system; free space"):
+        files.write_atomic(tmp_path / "file", lambda file: file.write(b"content"))
+
+
+def test_a_run_folder_that_has_gone_is_one_line(tmp_path):
+    with pytest.raises(files.WriteError, match=r"student0\.safetensors: No such file or directory"):
+        RunFolder(tmp_path / "gone" / "run").write_weights("student0", {"weight": torch.ones(1)})
 
 
 def test_nothing_is_written_outside_the_run_folder(train, tmp_path, monkeypatch):
