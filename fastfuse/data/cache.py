@@ -68,7 +68,7 @@ class Cache:
 def opened(table: "FileTable", folder: Path, name: str, size: int, *, workers: int) -> Cache:
     """The cache of a table in a folder; it is made if it is not there, damaged, or was not finished.
 
-    Only one process makes it, others wait.
+    Only one process makes it, others wait. Where the folder cannot be written to, a finished one is read.
 
     Args:
         table: the files.
@@ -82,6 +82,8 @@ def opened(table: "FileTable", folder: Path, name: str, size: int, *, workers: i
     """
     stem = folder / f"{name}-{crops.shorter_side(size)}"
     key = f"format {_FORMAT}, {len(table)} files, crc {table.checksum():08x}"
+    if folder.is_dir() and not os.access(folder, os.W_OK) and (found := _read(stem, key)) is not None:
+        return found
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(stem):
@@ -178,7 +180,11 @@ def _alone(stem: Path) -> Iterator[None]:
     import fcntl
 
     with stem.with_suffix(".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _log().warning("%s: another process makes it; this one waits", stem)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

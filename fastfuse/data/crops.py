@@ -54,11 +54,13 @@ def _by_torchvision(content: bytearray) -> Tensor:
 def _by_pillow(content: bytearray) -> Tensor:
     import io
 
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(content)) as image:
             return torch.from_numpy(np.array(image.convert("RGB")))
+    except UnidentifiedImageError as error:  # which says where in memory
+        raise DamagedImage("no image, or only a part of one") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DamagedImage((str(error).splitlines() or [type(error).__name__])[0]) from error
 

@@ -47,6 +47,20 @@ class Request(NamedTuple):
     flips: np.ndarray | None = None
 
 
+class Damage(NamedTuple):
+    """A file, or an image of a cache, that cannot be read.
+
+    Attributes:
+        where: among what it is counted.
+        path: of the file.
+        reason: what is wrong with it.
+    """
+
+    where: str
+    path: str
+    reason: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Decoder:
     """What the worker processes do.
@@ -60,10 +74,10 @@ class Decoder:
     size: int
 
     @torch.inference_mode()  # views that autograd need not follow: 40 us of an image
-    def __call__(self, request: Request) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
-        """Images uint8 [n, size, size, 3], labels int64 [n] (-1: no image), and what was found damaged: where, what."""
+    def __call__(self, request: Request) -> tuple[Tensor, Tensor, list[Damage]]:
+        """Images uint8 [n, size, size, 3], labels int64 [n] (-1: no image), and what was found damaged."""
         table = self.tables[request.table]
-        damaged: list[tuple[str, str]] = []
+        damaged: list[Damage] = []
         images = handed_over(len(request.rows), self.size, self.size, 3)
         labels = handed_over(len(request.rows), dtype=torch.int64)
         shown = labels.numpy()  # quicker to set one by one
@@ -71,8 +85,8 @@ class Decoder:
             for row in candidates:
                 try:
                     image = self._cut(table, row, request, i, damaged)
-                except DamagedImage:
-                    damaged.append((f"files below {table.root}", table.path(row)))
+                except DamagedImage as error:
+                    damaged.append(Damage(f"files below {table.root}", table.path(row), str(error)))
                     continue
                 images[i], shown[i] = image, table.labels[row]
                 break
@@ -80,10 +94,11 @@ class Decoder:
                 shown[i] = -1
         return images, labels, damaged
 
-    def _cut(self, table: FileTable, row: int, request: Request, i: int, damaged: list[tuple[str, str]]) -> Tensor:
+    def _cut(self, table: FileTable, row: int, request: Request, i: int, damaged: list[Damage]) -> Tensor:
         image = table.cache.image(row) if table.cache is not None else None
         if table.cache is not None and image is None:
-            damaged.append((f"images of the cache {table.cache.pixels}", table.path(row)))
+            where = f"images of the cache {table.cache.pixels}"
+            damaged.append(Damage(where, table.path(row), "its bytes do not fit its checksum"))
             image = table.scaled(row, self.size)
         if request.keys is None:
             return crops.centre_crop(table.scaled(row, self.size) if image is None else image, self.size)
@@ -115,25 +130,28 @@ class Source:
         """
         return self._counted(self.pool.begin(requests, pinned=pinned))
 
-    def _counted(self, results: Iterator[tuple[Tensor, Tensor, list[tuple[str, str]]]]) -> Iterator:
+    def _counted(self, results: Iterator[tuple[Tensor, Tensor, list[Damage]]]) -> Iterator:
         for images, labels, damaged in results:
-            for where, what in damaged:
-                self._count(where, what)
+            for found in damaged:
+                self._count(*found)
             if labels.min() < 0:
-                raise FastfuseError(f"{1 + SPARES} files in a row cannot be read, as {what}: check the disk")
+                last = f"{found.path} ({found.reason})"
+                raise FastfuseError(f"{1 + SPARES} files in a row cannot be read, as {last}: check the disk")
             yield images, labels
 
-    def _count(self, where: str, what: str) -> None:
+    def _count(self, where: str, path: str, reason: str) -> None:
         known = self._damaged[where]
-        if what in known:
+        if path in known:
             return
-        known.add(what)
+        known.add(path)
         log = logging.getLogger(__name__)
-        log.warning("damaged and passed over: %s, number %d among the %s", what, len(known), where)
+        log.warning("damaged and passed over: %s (%s), number %d among the %s", path, reason, len(known), where)
         files = sum(len(table) for table in self.tables.values() if _names(table, where))
         if len(known) > imagefolder.MOST_DAMAGED * files:
             first = ", ".join(sorted(known)[:_NAMED]) + (" ..." if len(known) > _NAMED else "")
-            raise InputError(f"{len(known)} of the {files} {where} are damaged ({first}): remove or replace them")
+            raise InputError(
+                f"{len(known)} of the {files} {where} are damaged ({first}; the last: {reason}): remove or replace them"
+            )
 
 
 def _names(table: FileTable, where: str) -> bool:

@@ -1,7 +1,9 @@
 """Images decoded once: the same pixels for evaluation, damage found, other files refused, nothing half-made."""
 
+import fcntl
 import logging
 import multiprocessing
+import os
 import shutil
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from fastfuse import data
+from fastfuse.data import cache as shared
 from fastfuse.data import crops, filetable, imagefolder
 from fastfuse.data.augment import mixed_seed
 from fastfuse.errors import InputError
@@ -82,7 +85,7 @@ def test_a_flipped_bit_is_found_and_the_file_read_instead(folder, cache, monkeyp
     pixels[1000] ^= 4
     pixels.flush()
     with pytest.raises(
-        InputError, match=r"1 of the 23 images of the cache .*train-18\.pixels are damaged .*ant/0\.jpg"
+        InputError, match=r"1 of the 23 images of the cache .*train-18\.pixels are damaged .*ant/0\.jpg; .*checksum"
     ):
         collect(load(folder, cache))
     monkeypatch.setattr(imagefolder, "MOST_DAMAGED", 0.05)
@@ -133,6 +136,29 @@ def test_an_interruption_leaves_nothing_half_made(folder, tmp_path, monkeypatch)
     assert [file.name for file in path.iterdir()] == ["train-18.lock"]
     monkeypatch.undo()
     assert_same(evaluated(load(folder, path)), evaluated(load(folder)))
+
+
+def test_a_finished_one_is_read_where_nobody_may_write(folder, cache, tmp_path, monkeypatch):
+    whole = collect(load(folder, cache))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may always write
+    monkeypatch.setattr(shared, "_alone", lambda stem: pytest.fail("a file would be written"))
+    assert_same(collect(load(folder, cache)), whole)
+
+
+def test_who_waits_for_another_process_says_so(folder, cache, monkeypatch, caplog):
+    flock, asked = fcntl.flock, []
+
+    def held(file, operation):
+        asked.append(operation)
+        if operation & fcntl.LOCK_NB:
+            raise BlockingIOError
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", held)
+    with caplog.at_level(logging.WARNING):
+        load(folder, cache)
+    assert caplog.text.count("another process makes it; this one waits") == 2  # train, val
+    assert asked == [fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_EX] * 2
 
 
 def test_a_file_that_is_no_image_stays_one(folder, tmp_path, monkeypatch, caplog):
