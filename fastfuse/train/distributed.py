@@ -9,13 +9,14 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
 
 from fastfuse.data.share import Share
-from fastfuse.errors import InputError
+from fastfuse.errors import FastfuseError, InputError
 from fastfuse.train.graph import beside
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 # Seconds between two agreements: how long a wish to stop waits to be heard by all.
 _AGREE_EVERY = 2.0
 _AT_MOST = 200
+# For a data set to be downloaded, or decoded into a cache.
+_PATIENCE = timedelta(days=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +71,18 @@ class Processes:
 
     @contextmanager
     def leader_first(self) -> Iterator[None]:
-        """A block that the others enter when the first process has left it."""
+        """A block that the others enter when the first process has left it; all leave together, be it hours later."""
+        if self.count == 1:
+            yield
+            return
+        # In a group of its own, which ends with all others: elsewhere a process must answer within half an hour.
+        patient: Any = distributed.new_group(backend="gloo", timeout=_PATIENCE)
         if not self.leads:
-            self.wait()
+            distributed.barrier(patient)
         yield
         if self.leads:
-            self.wait()
+            distributed.barrier(patient)
+        distributed.barrier(patient)
 
     def as_leader(self, tensors: Sequence[Tensor]) -> None:
         """Write the first process's values into all tensors."""
@@ -109,6 +118,7 @@ def together(device: str) -> Iterator[Processes]:
 
     Raises:
         InputError: more processes than GPUs on this machine, or a device that only one of them can have.
+        FastfuseError: inside, another process has gone.
     """
     if current().count > 1 or not _started_together():
         yield current()
@@ -122,9 +132,29 @@ def together(device: str) -> Iterator[Processes]:
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     distributed.init_process_group(backend, store=store, rank=rank, world_size=count)
     try:
-        yield current()
+        with lost_processes_explained():
+            yield current()
     finally:
         distributed.destroy_process_group()
+
+
+@contextmanager
+def lost_processes_explained() -> Iterator[None]:
+    """The end of another process, which gloo reports wherever this one waits for it, as one line.
+
+    Raises:
+        FastfuseError: one has gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        first, *_ = str(error).splitlines() or [""]
+        if "/gloo/" not in first:
+            raise
+        raise FastfuseError(
+            "another process of this run has ended; it says why, unless it was killed: --resume goes on from the last "
+            "checkpoint, as torchrun's --max-restarts does by itself"
+        ) from error
 
 
 def pick_device(name: str) -> torch.device:

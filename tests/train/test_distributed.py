@@ -1,5 +1,9 @@
 """Several processes take the steps of one: gradients, statistics, counts and records (gloo, CPU)."""
 
+import os
+import time
+from datetime import timedelta
+
 import pytest
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -7,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastfuse import data
 from fastfuse.config import TrainConfig
 from fastfuse.data.share import Share
-from fastfuse.errors import InputError
+from fastfuse.errors import FastfuseError, InputError
 from fastfuse.methods import MethodOutput
 from fastfuse.train import distributed
 from fastfuse.train.distributed import current
@@ -222,6 +226,41 @@ def test_wishes_are_exchanged_at_the_same_steps(monkeypatch):
     numbers = [number for number, _ in first]
     assert 149 in numbers and len(numbers) < 20  # about every two seconds
     assert all(answer == [number >= 100, False] for number, answer in first)
+
+
+def test_others_wait_for_the_first_one_for_longer_than_for_anything_else(tmp_path):
+    def own():
+        asked, make = [], torch.distributed.new_group
+
+        def new_group(**options):
+            asked.append(options["timeout"])
+            return make(**options)
+
+        torch.distributed.new_group = new_group  # in a forked process: nobody else sees it
+        torch.distributed.all_reduce = None  # what all else is told through, and must answer within half an hour
+        with (processes := current()).leader_first():
+            time.sleep(0.2 * processes.leads)
+            seen = (tmp_path / "made").exists()
+            (tmp_path / "made").touch()
+        return seen, asked
+
+    assert together(3, own) == [(number > 0, [timedelta(days=2)]) for number in range(3)]
+
+
+def test_the_end_of_another_process_is_one_line(tmp_path):
+    def own():
+        if current().share.rank == 1:
+            os._exit(0)
+        said = r"^another process of this run has ended; .*$"
+        with pytest.raises(FastfuseError, match=said), distributed.lost_processes_explained():
+            current().wait()
+        (tmp_path / "said").touch()
+
+    with pytest.raises(AssertionError):
+        together(2, own, seconds=60)
+    assert (tmp_path / "said").exists()
+    with pytest.raises(RuntimeError, match="something else"), distributed.lost_processes_explained():
+        raise RuntimeError("something else")
 
 
 @pytest.mark.parametrize(
