@@ -24,7 +24,7 @@ def run_block(language: str, code: str, folder: Path) -> subprocess.CompletedPro
     shell = [sys.executable] if language == "python" else ["bash", "-eu"]
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
     return subprocess.run(
-        [*shell, str(script)], capture_output=True, text=True, timeout=240, cwd=folder, env=environment
+        [*shell, str(script)], capture_output=True, text=True, timeout=900, cwd=folder, env=environment
     )
 
 

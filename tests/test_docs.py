@@ -55,7 +55,7 @@ def test_a_public_name_has_a_docstring_and_full_annotations(public):
 def pages(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pages")
     command = [sys.executable, "-W", "error::UserWarning", str(ROOT / "docs" / "api.py"), str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0 and "warn" not in done.stderr.lower(), done.stderr
     return folder
 
@@ -91,5 +91,5 @@ def test_a_warning_ends_the_build(tmp_path):
         "fastfuse.losses.__all__ = [*fastfuse.losses.__all__, 'missing']\n"
         f"api.build(pathlib.Path({str(tmp_path)!r}))"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode != 0 and "UserWarning" in done.stderr and "missing" in done.stderr, done.stderr

@@ -18,7 +18,7 @@ ENVIRONMENT = {**os.environ, "FASTFUSE_BUILD": "0", "PYTHONPATH": ""}
 
 def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     settings = {**ENVIRONMENT, **environment}
-    return subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, timeout=900)
 
 
 def files_of(wheel: Path) -> dict[str, bytes]:

@@ -35,7 +35,7 @@ def mypy(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     cache = ROOT / ".mypy_cache" if cwd == ROOT else cwd / ".mypy_cache"
     command = [sys.executable, "-m", "mypy", "--cache-dir", str(cache), *arguments]
     environment = {**os.environ, "MYPYPATH": "", "PYTHONPATH": "" if cwd == ROOT else str(cwd / "site")}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=400)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture(scope="module")

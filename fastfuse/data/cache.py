@@ -126,7 +126,7 @@ def _make(table: "FileTable", stem: Path, key: str, size: int, workers: int) -> 
     side = crops.shorter_side(size)
     least = len(table) * side * side * 3
     if shutil.disk_usage(stem.parent).free < least:
-        raise InputError(f"--data-cache {stem.parent} needs more than {least / 1e9:.0f} GB, which are not free there")
+        raise InputError(f"--data-cache {stem.parent} needs more than {least / 1e6:,.0f} MB, which are not free there")
     _log().warning("%s: %d images are decoded for it, once", stem, len(table))
     unfinished = stem.with_suffix(".pixels.tmp")
     stem.with_suffix(".npz").unlink(missing_ok=True)
@@ -183,7 +183,7 @@ def _alone(stem: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _log().warning("%s: another process makes it; this one waits", stem)
+            _log().warning("%s: another process makes or reads it; this one waits", stem)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -122,9 +122,10 @@ class Trainer:
         if position.history:
             display.known(position.history[-1], position.best, self._evaluated().deployed_states())
         with self.stopping.listening(), display:
-            while position.epoch < config.epochs:  # whatever the limit, every start takes a step
+            while position.epoch < config.epochs:  # whatever the limit, every start gets on
+                to_take = self.steps_per_epoch - position.step
                 self._train_epoch(display)
-                if position.step < self.steps_per_epoch or self.stopping.decide().stop:
+                if position.step < self.steps_per_epoch or self._stops(had_steps=to_take > 0):
                     break
                 self._end_epoch(display)
             if position.step:
@@ -142,6 +143,11 @@ class Trainer:
         if self.processes.leads:
             self._write_results(summary, reached)
         return summary
+
+    def _stops(self, *, had_steps: bool) -> bool:
+        """Whether to stop before the epoch that is done is evaluated; a start without a step left goes on at least."""
+        stop = self.stopping.decide().stop
+        return stop and (had_steps or self.stopping.status is not None)
 
     def _write_results(self, summary: dict[str, Any], reached: dict[str, Any]) -> None:
         config, position = self.config, self.position

@@ -157,7 +157,7 @@ def test_who_waits_for_another_process_says_so(folder, cache, monkeypatch, caplo
     monkeypatch.setattr(fcntl, "flock", held)
     with caplog.at_level(logging.WARNING):
         load(folder, cache)
-    assert caplog.text.count("another process makes it; this one waits") == 2  # train, val
+    assert caplog.text.count("another process makes or reads it; this one waits") == 2  # train, val
     assert asked == [fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_EX] * 2
 
 
@@ -174,7 +174,7 @@ def test_a_file_that_is_no_image_stays_one(folder, tmp_path, monkeypatch, caplog
 
 def test_a_disk_without_room_is_said_before_the_work(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
-    with pytest.raises(InputError, match=r"--data-cache .* needs more than 0 GB, which are not free there"):
+    with pytest.raises(InputError, match=r"--data-cache .* needs more than 0 MB, which are not free there"):
         load(folder, tmp_path / "cache")
     monkeypatch.undo()
     (tmp_path / "file").write_text("")

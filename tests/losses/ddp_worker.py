@@ -99,7 +99,7 @@ def work(rank: int, world: int, folder: Path) -> None:
     """Write what every way gives on this rank. The ranks meet over a file, so that no port has to be free."""
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    meeting = {"init_method": f"file://{folder / 'meeting'}", "timeout": timedelta(seconds=60)}
+    meeting = {"init_method": f"file://{folder / 'meeting'}", "timeout": timedelta(minutes=30)}
     dist.init_process_group("gloo", rank=rank, world_size=world, **meeting)
     try:
         found = {

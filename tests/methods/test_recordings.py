@@ -207,6 +207,6 @@ def test_it_runs_as_a_program_from_anywhere(first_steps, golden: Path, tmp_path:
     """As its documentation says, without the tests being installed."""
     path = written(first_steps["ffl"], tmp_path, term("ce_sub1", 1 + 1e-8))
     program = [sys.executable, replay.__file__, str(files(golden, "ffl")[0]), str(path)]
-    run = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert run.returncode == 1
     assert run.stdout.splitlines()[-1] == "FAILED"

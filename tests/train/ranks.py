@@ -13,7 +13,7 @@ import torch
 from torch import distributed
 
 
-def together(count: int, function: Callable[..., Any], *arguments: Any, seconds: float = 120) -> list[Any]:
+def together(count: int, function: Callable[..., Any], *arguments: Any, seconds: float = 600) -> list[Any]:
     """What a function returns in each of `count` processes, in the order of their ranks.
 
     Raises:

@@ -94,6 +94,6 @@ def browse(page: Path, scratch: Path, *more: str) -> str:
     quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     quiet += " --disable-component-update --disable-sync"
     command = [chromium, *quiet.split(), f"--user-data-dir={scratch}", *more, "--dump-dom", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout

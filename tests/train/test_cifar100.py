@@ -1,6 +1,5 @@
 import json
 import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +21,11 @@ def test_ffsd_on_cifar100_learns_and_resumes_bit_for_bit(tmp_path):
     path = tmp_path / "small.npz"
     np.savez(path, **arrays)
     options = f"train --method ffsd --model resnet20 --data npz --data-path {path} --epochs 2 --batch-size 64 --quiet"
-    options = [*options.split(), "--checkpoint-minutes", "0.05", "--device", "cpu"]
+    options = [*options.split(), "--checkpoint-minutes", "0", "--device", "cpu"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run_process("never", 0, [*options, "--out", str(whole)]) == 0
-    started = time.monotonic()
     assert run_process("step", 20, [*options, "--out", str(killed)]) != 0
-    assert time.monotonic() - started > 3 and (killed / "checkpoint.pt").exists()
+    assert (killed / "checkpoint.pt").exists()
     assert run_process("never", 0, [*options, "--resume", "--out", str(killed)]) == 0
     assert_same_run(killed, whole)
     first, second = (json.loads(line)["losses"]["loss"] for line in (whole / "metrics.jsonl").read_text().splitlines())

@@ -18,8 +18,9 @@ def test_a_run_survives(tmp_path, fault):
     row = kill_matrix.suffer(fault, PLANS[fault], kill_matrix.write_data(tmp_path)[fault], tmp_path)
     assert not row.problem
     assert row.tried == PLANS[fault] and row.survived == len(row.tried)
-    # A checkpoint is written after every step, while the next ones are taken.
-    assert len(row.lost) <= len(row.tried) and max(row.lost, default=0) <= 5
+    # A checkpoint is written beside the next steps, and waits for the one before it: after every step, and of several
+    # processes at the end of every epoch at least, which has five.
+    assert len(row.lost) <= len(row.tried) and max(row.lost, default=0) <= 10
     if fault == "term":
         assert row.lost == []
 

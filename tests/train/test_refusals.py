@@ -383,7 +383,7 @@ def test_a_real_limit_on_file_sizes(tiny, tmp_path):
     out = tmp_path / "run"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", script, *tiny, "--out", str(out)]
-    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert process.returncode == 1
     *warnings, message = process.stderr.splitlines()
     assert message.startswith("fastfuse: cannot write") and "checkpoint.pt: File too large; free space" in message

@@ -21,7 +21,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 def run_process(moment: str, count: int, options: list[str]) -> int:
     """Exit status of a training process that is killed at a moment of `killable`."""
     command = [sys.executable, KILLABLE, "process", f"{moment}:{count}", *options]
-    process = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    process = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
     assert process.returncode in (0, -signal.SIGKILL), process.stderr
     return process.returncode
 

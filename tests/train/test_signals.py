@@ -12,7 +12,7 @@ from fastfuse.train import loop, teachers
 from fastfuse.train.checkpoint import load
 from fastfuse.train.step import TrainStep
 from tests.data import jpegs
-from tests.train.started import assert_nobody_is_left, started
+from tests.train.started import LIMIT, assert_nobody_is_left, started
 from tests.train.test_resume import assert_same_run
 
 PREEMPTIONS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
@@ -99,7 +99,7 @@ def test_a_process_and_its_workers_are_told(tmp_path, number):
     options += " --epochs 5000 --batch-size 8 --device cpu --quiet"
     process = started(options.split(), out)
     os.killpg(process.pid, number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=LIMIT)
     assert process.returncode == 75, errors
     assert errors.count("\n") == 1 and f"fastfuse train --resume --out {out}" in errors
     assert load(out / "checkpoint.pt")["position"]["steps_done"] > 0

@@ -13,7 +13,7 @@ from fastfuse.train.checkpoint import load
 from fastfuse.train.step import TrainStep
 from tests.data import jpegs
 from tests.train.conftest import Run
-from tests.train.started import assert_nobody_is_left, started
+from tests.train.started import LIMIT, assert_nobody_is_left, started
 from tests.train.test_distributed_runs import losses_agree, torchrun
 from tests.train.test_resume import assert_same_run
 
@@ -73,7 +73,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(train, whole, tmp_path, mon
 def test_a_killed_worker_is_one_line_and_the_checkpoint_stays(train, whole, tmp_path, monkeypatch, capsys):
     def kill():
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-        time.sleep(20)
+        time.sleep(LIMIT)  # torch raises wherever this process is when it hears of it
 
     with monkeypatch.context() as patch:
         stop_at(patch, 3, kill)
@@ -159,7 +159,7 @@ def test_ctrl_c_reaches_all_processes_and_the_checkpoint_is_written(folder, tmp_
     out = tmp_path / "run"
     process = started(f"{SMALL} --data imagenet --data-root {folder} --workers 2 --epochs 5000".split(), out)
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=LIMIT)
     assert process.returncode == 130, errors
     assert "the checkpoint is written" in errors and "Traceback" not in errors
     assert load(out / "checkpoint.pt")["position"]["steps_done"] > 0
