@@ -1,7 +1,9 @@
 """One image: which part of it is shown, and which pixels come out."""
 
 import io
+import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -86,8 +88,34 @@ def test_jpeg_files_become_rgb(kind):
 
 def test_without_torchvisions_decoder_pillow_reads_jpeg_files(monkeypatch):
     monkeypatch.setattr(torch.ops, "image", object())
+    monkeypatch.setattr(crops, "_simplejpeg", lambda: None)
     theirs, ours = decoded(picture(np.random.default_rng(1), 37, 50), quality=90)
     assert np.array_equal(ours.numpy(), theirs)
+
+
+@pytest.mark.parametrize("size", [(37, 50), (375, 500), (1, 1)])
+def test_simplejpeg_gives_the_pixels_of_torchvision(size):
+    pytest.importorskip("simplejpeg", reason="no simplejpeg: pip install 'fastfuse[jpeg]'")
+    for kind, subsampling, progressive in itertools.product(("RGB", "L", "CMYK"), (0, 1, 2), (False, True)):
+        content = io.BytesIO()
+        image = picture(np.random.default_rng(1), *size).convert(kind)
+        image.save(content, "JPEG", quality=90, subsampling=subsampling, progressive=progressive)
+        whole = bytearray(content.getvalue())
+        ours = crops._by_simplejpeg(whole)
+        # Ink becomes light by another rule there, and damaged files are for torchvision's decoder to judge.
+        assert (ours is None) == (kind == "CMYK") and crops._by_simplejpeg(whole[: len(whole) // 2]) is None
+        assert ours is None or torch.equal(ours, crops._by_torchvision(whole))
+
+
+def test_simplejpeg_is_asked_first_and_need_not_be_there(monkeypatch):
+    content = io.BytesIO()
+    picture(np.random.default_rng(1), 9, 11).save(content, "JPEG")
+    given, blank = bytearray(content.getvalue()), np.zeros((9, 11, 3), np.uint8)
+    stand_in = SimpleNamespace(decode_jpeg_header=lambda _: (9, 11, "YCbCr", "420"), decode_jpeg=lambda _: blank)
+    monkeypatch.setattr(crops, "_simplejpeg", lambda: stand_in)
+    assert not crops.decoded(given).any()
+    monkeypatch.setattr(crops, "_simplejpeg", lambda: None)
+    assert torch.equal(crops.decoded(given), crops._by_torchvision(given))
 
 
 @pytest.mark.parametrize("kind", ["RGB", "RGBA", "P", "1"])
