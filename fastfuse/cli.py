@@ -291,7 +291,7 @@ def _predict(arguments: list[str]) -> int:
     for one in found:
         if one.error:
             print(f"fastfuse: {one.error}", file=sys.stderr)
-    return 1 if any(one.error for one in found) else 0
+    return 2 if any(one.error for one in found) else 0
 
 
 def _reconstruct(arguments: list[str]) -> int:

@@ -313,7 +313,7 @@ def test_a_file_that_is_no_image_does_not_stop_the_others(program, tmp_path, cap
     (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:50])
     names = [str(tmp_path / name) for name in ("bad.png", "missing.png", "cut.png", "good.png")]
     capsys.readouterr()
-    assert cli.main(["predict", str(program), *names]) == 1
+    assert cli.main(["predict", str(program), *names]) == 2
     captured = capsys.readouterr()
     assert names[-1] in captured.out
     lines = captured.err.splitlines()
