@@ -148,6 +148,8 @@ def resolve_hyperparameters(
                 raise unknown_name(name, value, choices[name])
         else:
             check_number(name, value, positive=name.endswith("temperature"))
+            if name == "regularization_weight" and value > 1:  # cross-entropy has what is left to 1
+                raise InputError(f"{name} must be between 0 and 1, not {value}")
         resolved[name] = value
     return resolved
 

@@ -37,6 +37,8 @@ REGULARIZATIONS = ("virtual", "published", "self", "off")
 # Of Tf-KD (arXiv 1909.11723): how sure the virtual teacher is, and the multiplier of its program.
 _CERTAINTY = 0.99
 _MULTIPLIER = 100.0
+# From here on exp is not left to itself: it is infinite in float32 above 88.
+_LARGE = 60.0
 
 
 def ramp(progress: float | Tensor, rampup_epochs: float) -> float | Tensor:
@@ -129,9 +131,10 @@ def own_knowledge(logits: list[Tensor], copies: list[Tensor], temperature: float
     # T^2 multiplies the rounding of log-probabilities: of their differences, which are small, there is less.
     lead = targets - own.to(exact) / temperature
     probabilities = torch.softmax(targets, -1)
-    lead = lead - (probabilities * lead).sum(-1, keepdim=True)
-    divergence = torch.log1p((probabilities * torch.expm1(-lead)).sum(-1))
-    return temperature**2 * divergence.mean(-1)
+    behind = (probabilities * lead).sum(-1, keepdim=True) - lead
+    near = torch.log1p((probabilities * torch.expm1(behind.clamp_max(_LARGE))).sum(-1))
+    far = torch.logsumexp(torch.log_softmax(targets, -1) + behind, -1)
+    return temperature**2 * torch.where(behind.amax(-1) <= _LARGE, near, far).mean(-1)
 
 
 def positive_knowledge(logits: list[Tensor], labels: Tensor, temperature: float, form: str) -> Tensor:
@@ -159,5 +162,6 @@ def positive_knowledge(logits: list[Tensor], labels: Tensor, temperature: float,
     if form == "published":
         normaliser = torch.logsumexp(centred, -1) - math.log(classes)
     else:
-        normaliser = torch.log1p(torch.expm1(centred).mean(-1))
+        beyond = (centred.detach().amax(-1, keepdim=True) - _LARGE).clamp_min(0)
+        normaliser = beyond.squeeze(-1) + torch.log1p(torch.expm1(centred - beyond).mean(-1))
     return scale * ((entropy + math.log(classes)) - (above * centred).sum(-1) + normaliser).mean(-1)

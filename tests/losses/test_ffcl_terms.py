@@ -1,7 +1,7 @@
 """FFCL's terms and gradients against its equations, written down once more; which weight moves which gradient."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -184,6 +184,34 @@ def test_knowledge_of_a_copy_is_exact_in_float32_and_nothing_where_both_agree() 
     assert own_knowledge([*copies.double()], [*logits.double()], 2.5).min().item() > 0.1
 
 
+@pytest.mark.parametrize("form", ["virtual", "self"])
+def test_networks_that_are_worlds_apart_have_a_finite_regularisation(form: str) -> None:
+    """exp of such a difference is infinite in float32, its logarithm is not."""
+    logits = torch.zeros(1, 4, 6)
+    logits[0, torch.arange(4), torch.arange(4)] = torch.tensor([50.0, 130.0, 400.0, 3000.0])
+    labels, copy = torch.full((4,), 5), torch.zeros(4, 6)
+    copy[:, 4] = 250.0
+
+    def value_and_gradient(rows: Tensor, function: Callable) -> tuple[Tensor, Tensor]:
+        rows = rows.clone().requires_grad_()
+        value = function(rows.unbind())
+        return value.detach(), torch.autograd.grad(value.sum(), rows)[0]
+
+    def ours(rows: Sequence[Tensor]) -> Tensor:
+        if form == "virtual":
+            return positive_knowledge([*rows], labels, 2.0, form)
+        return own_knowledge([*rows], [copy], 2.0)
+
+    def equation(rows: Sequence[Tensor]) -> Tensor:
+        if form == "virtual":
+            return regularization(rows[0], labels, 2.0, form)[None]
+        return published.kl(rows[0], copy.double(), 2.0)[None]
+
+    truth = value_and_gradient(logits.double(), equation)
+    for found, wanted in zip(value_and_gradient(logits, ours), truth, strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("weight", "kinds", "heads"),
     [
@@ -231,6 +259,7 @@ def test_the_fused_head_reaches_the_peers_unless_it_is_detached() -> None:
         ({"fused_stages": 2}, "fused_stages 2 needs the maps of 2 stages of every network, and has 1"),
         ({"regularization_temperature": 0.0}, "regularization_temperature"),
         ({"peer_weight": -1.0}, "peer_weight"),
+        ({"regularization_weight": 1.5}, "regularization_weight must be between 0 and 1, not 1.5"),
         ({"lambda_fusion": 1.0}, "ffcl has no lambda_fusion"),
         ({"leader_channels": 8}, "ffcl has no leader"),
     ],
