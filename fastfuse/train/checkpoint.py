@@ -121,11 +121,14 @@ def load_matching(path: Path, config: TrainConfig, data: str) -> dict[str, Any]:
         CheckpointError: it cannot be read, or the run was told something else; names the option.
     """
     state = load_newest(path)
-    stored = configuration.from_plain(state["config"])
+    from fastfuse.train import build  # which imports what imports this
+
+    # Resolved again: of an option that is younger than the run it had the default.
+    stored = dataclasses.asdict(build.resolved(TrainConfig(**configuration.from_plain(state["config"]))))
     for name, value in dataclasses.asdict(config).items():
-        if name not in configuration.RUNTIME_FIELDS and stored.get(name) != value:
+        if name not in configuration.RUNTIME_FIELDS and stored[name] != value:
             raise CheckpointError(
-                f"{path} belongs to a run with {name} = {stored.get(name)}, not {value}; "
+                f"{path} belongs to a run with {name} = {stored[name]}, not {value}; "
                 "resume without that option, or choose another --out"
             )
     if state["data"] != data:

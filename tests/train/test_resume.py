@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastfuse import cli
-from fastfuse.train.checkpoint import load
+from fastfuse.train.checkpoint import load, save
 from fastfuse.train.step import TrainStep
 
 KILLABLE = str(Path(__file__).with_name("killable.py"))
@@ -128,6 +128,18 @@ def test_resuming_a_finished_run_changes_nothing(train):
     assert {path.name: path.read_bytes() for path in again.path.glob("*.safetensors")} == before
     assert again.metrics == metrics
     assert again.summary["networks"] == run.summary["networks"]
+
+
+def test_a_run_of_before_an_option_goes_on_with_its_default(train, refused):
+    own = ("--method", "ffcl", "--students", 1, "--epochs", 1)
+    run = train(*own)
+    path, settings = run.path / "checkpoint.pt", run.path / "config.json"
+    state, config = load(path), json.loads(settings.read_text())
+    assert state["config"].pop("fused_stages") == config.pop("fused_stages") == 1
+    save(path, {name: value for name, value in state.items() if name not in ("format", "version")})
+    settings.write_text(json.dumps(config))
+    assert "a run with fused_stages = 1, not 2" in refused(*own, "--fused-stages", 2, "--resume", folder_remains=True)
+    assert train(*own, "--resume").summary["networks"] == run.summary["networks"]
 
 
 def test_a_lost_metrics_file_comes_back_from_the_checkpoint(train):
