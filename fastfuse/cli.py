@@ -167,7 +167,7 @@ def parse_train(arguments: list[str]) -> Any:
 
     # What decides the defaults must be known before the options are parsed.
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("--recipe", "--out", "--method", "--model", "--students"):
+    for name in ("--recipe", "--out", "--method", "--model", "--students", "--teacher-model"):
         early.add_argument(name)
     early.add_argument("--resume", action="store_true")
     try:
@@ -197,7 +197,12 @@ def parse_train(arguments: list[str]) -> Any:
     )
     values = {field.name: getattr(default, field.name) for field in dataclasses.fields(default)}
     parsed = _parse(options, "fastfuse train", arguments, options(**values))
-    return configuration.TrainConfig(**{name: getattr(parsed, name) for name in values})
+    config = configuration.TrainConfig(**{name: getattr(parsed, name) for name in values})
+    if known.teacher_model is not None and not known.resume:
+        from fastfuse.train.teachers import check_teacher_model
+
+        check_teacher_model(config)
+    return config
 
 
 def _eval(arguments: list[str]) -> int:

@@ -80,6 +80,7 @@ class FFCL(Fusing):
                 else "ffcl has trained teachers with --regularization self alone: leave --teachers out"
             )
         if copied:
+            _check_copies(self.names(), networks, teachers)
             self.teachers = Teachers(teachers)
 
     def targets(self, images: Tensor) -> list[Any]:
@@ -120,6 +121,17 @@ class FFCL(Fusing):
     def _maps(self, peers: Sequence[Any]) -> list[list[Tensor]]:
         """Of each peer those of the stages that are fused."""
         return [list(peer.features[-self.criterion.fused_stages :]) for peer in peers]
+
+
+def _check_copies(names: Sequence[str], networks: Sequence[nn.Module], copies: Sequence[nn.Module]) -> None:
+    """Refuse copies that are in another order than the networks, or no copies at all."""
+    for i, (name, network, copy) in enumerate(zip(names, networks, copies, strict=True)):
+        own, theirs = ({key: x.shape for key, x in module.state_dict().items()} for module in (network, copy))
+        if own != theirs:
+            raise InputError(
+                f"teacher {i} is of another architecture than {name}, whose trained copy it should be: name the copies "
+                f"in the order {', '.join(names)} in --teachers, or leave them out and they are trained first"
+            )
 
 
 def _sizes(networks: Sequence[nn.Module], image_size: int | tuple[int, int], stages: int) -> Sequence[Any]:

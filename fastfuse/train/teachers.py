@@ -37,9 +37,31 @@ def load_teacher(entry: str, config: TrainConfig, num_classes: int) -> nn.Module
         options = model_options(config)
         return _loaded(path, str(config.teacher_model), num_classes, _taps(config, str(config.teacher_model)), options)
     raise InputError(
-        f"teacher {entry} cannot be found: --teachers takes run folders, weight files, torchvision:NAME and timm:NAME; "
-        "leave it out, and the teachers are trained first"
+        f"teacher {entry} cannot be found: name a run folder, a weight file, torchvision:NAME or timm:NAME; where "
+        "--teachers is left out, a method's teachers are trained first"
     )
+
+
+def check_teacher_model(config: TrainConfig) -> None:
+    """Refuse teachers that are all other networks than the --teacher-model that was given beside them.
+
+    Args:
+        config: as it was asked for, not resolved; weight files do not say what they are, and take the name.
+    """
+    method = METHODS.get(config.method)
+    if method is None or method.extra_network == "teacher" or any(Path(entry).is_file() for entry in config.teachers):
+        return
+    for entry in config.teachers:
+        path, own = Path(entry), config.teacher_model
+        if path.is_dir():
+            own = deployed_model(RunFolder(path).read_config())
+        elif ":" in entry:
+            own = entry
+        if own != config.teacher_model:
+            raise InputError(
+                f"teacher {entry} is {own}, and --teacher-model says {config.teacher_model}: name another teacher, or "
+                "leave --teacher-model out, which is for weight files and teachers that are trained first"
+            )
 
 
 def _of_run(path: Path, num_classes: int) -> nn.Module:
@@ -49,6 +71,8 @@ def _of_run(path: Path, num_classes: int) -> nn.Module:
             f"teacher {path} holds {trained.replicas} replicas: name one of them, as {path}/seed{trained.seed}"
         )
     deployed = METHODS[trained.method].deployed
+    if deployed not in ("student0", "leader"):
+        raise InputError(f"teacher {path} is a run of {trained.method}, which trains no classifier: name another run")
     weights = path / f"{deployed}.safetensors"
     if not weights.exists():
         raise InputError(

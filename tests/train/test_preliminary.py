@@ -87,7 +87,7 @@ def test_every_network_is_held_by_its_own_copy(train, capsys):
 
 
 def train_other(train) -> Path:
-    return train("--method", "independent", "--students", 1, "--seed", 7, out="elsewhere").path
+    return train("--method", "independent", "--students", 1, "--model", "wrn10_1", "--seed", 7, out="elsewhere").path
 
 
 def test_several_teachers_differ_and_are_replicas_of_one_run(train):
@@ -180,7 +180,7 @@ def test_bad_input_is_found_before_the_teachers_are_trained(refused):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("--method kd --teachers nowhere", "teacher nowhere cannot be found: --teachers takes run folders"),
+        ("--method kd --teachers nowhere", "teacher nowhere cannot be found: name a run folder"),
         ("--method kd --teachers a b --teacher-count 3", "--teachers names 2, --teacher-count asks for 3"),
         ("--method dml --teachers a", "dml has no use for --teachers: leave it out"),
         ("--method ffcl --teachers a", "ffcl with --regularization virtual has no use for --teachers"),
@@ -200,6 +200,10 @@ def test_bad_input_is_found_before_the_teachers_are_trained(refused):
         ("--method kd --teacher-epochs 0", "--teacher-epochs must be at least 1, not 0"),
         ("--method kd --teachers torchvision:resnet18", "know 1000 classes, and the data have 3"),
         ("--method kd --teachers torchvision:resnet19", "unknown network of torchvision 'resnet19'"),
+        (
+            "--method kd --teachers torchvision:resnet18 --teacher-model wrn10_1",
+            "teacher torchvision:resnet18 is torchvision:resnet18, and --teacher-model says wrn10_1: name",
+        ),
         ("--method kd --leader resnet8", "kd has no leader"),
     ],
 )
@@ -208,8 +212,8 @@ def test_what_cannot_be_used_is_said(refused, options, said):
 
 
 def test_runs_that_cannot_teach(train, refused, tmp_path):
-    def teach(path: Path) -> str:
-        return refused("--method", "kd", "--teachers", path, out="student")
+    def teach(path: Path, *options: str) -> str:
+        return refused("--method", "kd", "--teachers", path, *options, out="student")
 
     assert "config.json is missing" in teach(tmp_path)
     begun = train("--method", "independent", "--students", 1, "--max-time", "0.0001", out="begun")
@@ -217,6 +221,12 @@ def test_runs_that_cannot_teach(train, refused, tmp_path):
     assert f"the run has not ended; go on with: fastfuse train --resume --out {begun.path}" in teach(begun.path)
     several = train("--method", "independent", "--students", 1, "--replicas", 2, out="several")
     assert f"holds 2 replicas: name one of them, as {several.path}/seed0" in teach(several.path)
+    alone = several.path / "seed0"
+    assert f"{alone} is resnet8, and --teacher-model says resnet14" in teach(alone, "--teacher-model", "resnet14")
+    search = train("--method", "dfa-search", "--teachers", alone, out="search").path
+    assert f"{search} is a run of dfa-search, which trains no classifier" in teach(search)
+    copies = [*COPIED, "--teacher-model", "wrn10_1", "--teachers", alone, alone]
+    assert "teacher 1 is of another architecture than teacher, whose" in refused(*copies, out="student")
     network = models.build("resnet8", 7)
     save_file(network.state_dict(), tmp_path / "seven.safetensors")
     message = teach(tmp_path / "seven.safetensors")
