@@ -99,5 +99,6 @@ def _check_trunk(first: nn.Module, network: nn.Module, shared: list[str]) -> Non
 
     if described(first) != described(network):
         raise InputError(
-            "sub-networks that share a trunk must be of one architecture; choose one --model, or --sharing separate"
+            "sub-networks that share a trunk must be of one architecture; choose one --model, or for ffl "
+            "--sharing separate"
         )

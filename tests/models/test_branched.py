@@ -130,7 +130,7 @@ def test_bad_requests_say_what_was_expected(name: str, branches: int, says: str)
     ],
 )
 def test_networks_with_other_trunks_are_refused(other) -> None:
-    with pytest.raises(InputError, match="must be of one architecture; choose one --model, or --sharing separate"):
+    with pytest.raises(InputError, match="of one architecture; choose one --model, or for ffl --sharing separate"):
         Branched([build("resnet8", CLASSES), other()])
 
 
