@@ -1,7 +1,6 @@
 """Frozen networks that only give targets."""
 
 import copy
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
@@ -52,20 +51,22 @@ class Teachers(nn.Module):
 
         Args:
             strategy: "loop" or "branches": one after another; "grouped": those of one architecture as one stacked
-                network, with a warning where they cannot be stacked; "auto": "loop" on a CPU, where grouped ResNet-20s
-                take 1.7 times as long (docs/LOG.md), and "grouped" elsewhere, which is not measured.
+                network; "auto": "loop" on a CPU, where grouped ResNet-20s take 1.7 times as long (docs/LOG.md), and
+                elsewhere, which is not measured, "grouped" as far as they can be stacked.
 
         Returns:
             "loop" or "grouped".
 
         Raises:
-            InputError: an unknown strategy.
+            InputError: an unknown strategy, or "grouped" and teachers of one architecture that cannot be stacked.
         """
         if strategy not in (*STRATEGIES, "auto"):
             raise unknown_name("strategy", strategy, (*STRATEGIES, "auto"))
+        own = [folded(network) for network in self._plain]
+        if strategy == "grouped":
+            _check_stackable(own)
         if strategy == "auto":
             strategy = "loop" if self._on_cpu() else "grouped"
-        own = [folded(network) for network in self._plain]
         self.strategy = "grouped" if strategy == "grouped" else "loop"
         groups = _groups(own) if self.strategy == "grouped" else [[i] for i in range(len(own))]
         self._set_running([pair for group in groups for pair in _stacked([own[i] for i in group], group)])
@@ -101,6 +102,17 @@ class Teachers(nn.Module):
         return super()._apply(fn, recurse)
 
 
+def _check_stackable(networks: Sequence[nn.Module]) -> None:
+    """Refuse a network that cannot be stacked with another one of its shapes."""
+    shapes = [{name: x.shape for name, x in network.state_dict().items()} for network in networks]
+    for i, network in enumerate(networks):
+        if shapes.count(shapes[i]) > 1:
+            try:
+                stack([network])
+            except InputError as error:
+                raise InputError(f"teacher {i} cannot run grouped with others like it: {error}") from error
+
+
 def _groups(networks: Sequence[nn.Module]) -> list[list[int]]:
     """The positions of networks of one architecture, together."""
     groups: list[list[int]] = []
@@ -118,8 +130,6 @@ def _stacked(networks: Sequence[nn.Module], members: list[int]) -> list[tuple[nn
     if len(networks) > 1:
         try:
             return [(stack(networks), members)]
-        except InputError as error:
-            logging.getLogger(__name__).warning(
-                "%d teachers run one after another, not grouped: %s", len(networks), error
-            )
+        except InputError:
+            pass
     return [(network, [i]) for network, i in zip(networks, members, strict=True)]

@@ -15,7 +15,7 @@ from tests.nn.stacking import CLASSES, same, tensors, untidy
 
 IMAGES = torch.linspace(-2, 2, 2 * 3 * 32 * 32, dtype=torch.float64).sin().view(2, 3, 32, 32)
 # Norms that follow no convolution directly, of one network.
-LEFT = {"resnet8": 0, "resnet14": 0, "resnet18": 0, "wrn10_1": 4, "wrn10_2": 4, "densenet10_4": 9}
+LEFT = {"resnet8": 0, "resnet14": 0, "resnet18": 0, "wrn10_1": 4, "wrn10_2": 4}
 
 
 def networks(*names: str) -> list[nn.Module]:
@@ -45,7 +45,6 @@ def norms(running: list[nn.Module]) -> int:
         pytest.param(["resnet14"] * 5, 1, id="five"),
         pytest.param(["wrn10_2"] * 2, 1, id="biased convolutions; norms that follow no convolution"),
         pytest.param(["resnet18"] * 2, 1, id="ImageNet"),
-        pytest.param(["densenet10_4"] * 2, 2, id="concatenation: cannot be stacked"),
         pytest.param(["resnet8", "wrn10_1", "resnet8", "resnet14", "wrn10_1"], 3, id="architectures in turn"),
     ],
 )
@@ -55,8 +54,7 @@ def test_outputs_are_those_of_the_plain_networks_in_their_order(names, running, 
     assert teachers.arrange(strategy) == teachers.strategy == strategy
     same(tensors(teachers(IMAGES)), alone(given))
     assert len(teachers._running) == (running if strategy == "grouped" else len(names))
-    merged = strategy == "grouped" and "densenet10_4" not in names
-    assert norms(teachers._running) == sum(LEFT[name] for name in (set(names) if merged else names))
+    assert norms(teachers._running) == sum(LEFT[name] for name in (set(names) if strategy == "grouped" else names))
 
 
 def test_a_cpu_runs_them_one_after_another_if_it_may_choose():
@@ -67,14 +65,21 @@ def test_a_cpu_runs_them_one_after_another_if_it_may_choose():
         assert len(teachers._running) == 2 and norms(teachers._running) == 0
 
 
-@pytest.mark.parametrize("strategy", ["loop", "grouped"])
-def test_googlenet_is_folded_and_not_stacked(strategy, caplog):
-    given = networks("googlenet", "googlenet")
+def off_the_cpu(teachers: Teachers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if they were on a GPU, where those who leave the choice have them grouped."""
+    monkeypatch.setattr(teachers, "_on_cpu", lambda: False)
+
+
+@pytest.mark.parametrize(("name", "left"), [("googlenet", 0), ("densenet10_4", 9)])
+def test_concatenating_networks_are_folded_and_not_stacked(name, left, monkeypatch):
+    given = networks(name, name)
     teachers = Teachers(given)
-    teachers.arrange(strategy)
-    assert ("2 teachers run one after another, not grouped: " in caplog.text) == (strategy == "grouped")
+    with pytest.raises(InputError, match=r"teacher 0 cannot run grouped with others like it: .*cat.*--strategy loop"):
+        teachers.arrange("grouped")
+    off_the_cpu(teachers, monkeypatch)
+    teachers.arrange("auto")
     same(tensors(teachers(IMAGES[:1])), alone(given, IMAGES[:1]))
-    assert (norms(teachers._running), len(teachers._running)) == (0, 2)
+    assert (norms(teachers._running), len(teachers._running)) == (2 * left, 2)
 
 
 class Untraceable(nn.Module):
@@ -126,14 +131,15 @@ class ByTheBatch(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [Untraceable, Twice, Hooked, ByTheBatch])
-@pytest.mark.parametrize("strategy", ["loop", "grouped"])
-def test_what_cannot_be_folded_runs_as_it_is(kind, strategy):
+@pytest.mark.parametrize("strategy", ["loop", "auto"])
+def test_what_cannot_be_folded_runs_as_it_is(kind, strategy, monkeypatch):
     given = [kind().double() for _ in range(2)]
     for norm in (
         layer for network in given for layer in network.modules() if layer._buffers.get("running_var") is not None
     ):
         norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2.0)
     teachers = Teachers(given)
+    off_the_cpu(teachers, monkeypatch)
     teachers.arrange(strategy)
     for found, network in zip(teachers(IMAGES), given, strict=True):
         torch.testing.assert_close(found, copy.deepcopy(network).eval()(IMAGES), rtol=0, atol=0)
@@ -142,7 +148,9 @@ def test_what_cannot_be_folded_runs_as_it_is(kind, strategy):
 def test_a_network_with_its_maps_taken_by_hooks_is_a_teacher():
     given = [untidy(extract(models.build("resnet8", CLASSES), ["layer1", "layer3"])) for _ in range(2)]
     teachers = Teachers(given)
-    teachers.arrange("grouped")
+    with pytest.raises(InputError, match=r"teacher 0 cannot run grouped with others like it: .*Extracted.*traced"):
+        teachers.arrange("grouped")
+    teachers.arrange("loop")
     wanted = [copy.deepcopy(network).eval()(IMAGES) for network in given]
     same([m for output in teachers(IMAGES) for m in output.features], [m for w in wanted for m in w.features])
 
