@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def relative_l2(ours: Tensor, truth: Tensor) -> float:
-    """L2 norm of the difference as a share of the truth's norm, computed in float64.
+    """L2 norm of the difference as a share of the truth's norm, computed in float64, on the device if both are there.
 
     Args:
         ours: any shape and dtype.
@@ -22,7 +22,9 @@ def relative_l2(ours: Tensor, truth: Tensor) -> float:
     """
     if ours.shape != truth.shape:
         raise ValueError(f"shapes {list(ours.shape)} and {list(truth.shape)} differ")
-    ours, truth = ours.detach().double().cpu(), truth.detach().double().cpu()
+    ours, truth = ours.detach().double(), truth.detach().double()
+    if ours.device != truth.device:
+        ours, truth = ours.cpu(), truth.cpu()
     if not bool(torch.isfinite(ours).all() and torch.isfinite(truth).all()):
         return float("inf")
     error, norm = (ours - truth).norm().item(), truth.norm().item()

@@ -1,16 +1,26 @@
-"""What the Triton kernels share: when they can run, and device helpers.
+"""What the Triton kernels share: when they can run, the constants of their launches, and device helpers.
 
 Only `triton_kernels.py` files and their launchers import this module's device helpers; `why_not` needs no triton.
 """
 
 import importlib.util
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# <architecture>.json: launch -> dtype and memory format -> {"constants", "microseconds", ...}, see benchmarks/tune.py.
+TABLES = Path(__file__).with_name("tables")
+# What `trying` puts in the place of a launch's constants.
+_tried: dict[str, dict[str, int]] = {}
 
 
 def _installed() -> bool:
@@ -41,6 +51,57 @@ def why_not(tensor: Tensor | None) -> str | None:
     if tensor.is_floating_point() and tensor.dtype not in DTYPES:
         return f"its kernels take float32, float16 and bfloat16, this tensor is {tensor.dtype}"
     return None
+
+
+def launch_constants(launch: str, like: Tensor, dtype: torch.dtype | None = None, **written: int) -> SimpleNamespace:
+    """The constants of a launch, by name: as measured on this architecture where its table has a row, else as written.
+
+    Args:
+        launch: name of the row.
+        like: a map of the launch, for architecture, dtype and memory format.
+        dtype: of the arithmetic, where it is not that of `like`.
+        written: the constants, with the values of a launch that has no row.
+    """
+    row = _tried.get(launch)
+    if row is None:
+        row = launch_table(architecture(like)).get(launch, {}).get(kind_of(like, dtype), {}).get("constants", {})
+    return SimpleNamespace(**{name: row.get(name, value) for name, value in written.items()})
+
+
+def kind_of(like: Tensor, dtype: torch.dtype | None = None) -> str:
+    """What one row of a table serves: a dtype and a memory format."""
+    layout = "channels_last" if like.dim() == 4 and like.stride(1) == 1 else "contiguous"
+    return f"{str(dtype or like.dtype).removeprefix('torch.')} {layout}"
+
+
+def architecture(like: Tensor) -> str | None:
+    """Of the GPU that holds a tensor, as `sm_90`; None on a CPU."""
+    return _architecture(like.device.index) if like.is_cuda else None
+
+
+@cache
+def _architecture(device: int | None) -> str:
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+@cache
+def launch_table(architecture: str | None) -> dict[str, dict[str, dict[str, Any]]]:
+    """The rows of an architecture; none where nothing was measured."""
+    path = TABLES / f"{architecture}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+@contextmanager
+def trying(launch: str, **constants: int) -> Iterator[None]:
+    """Launch with other constants for a while, whatever the table says; to measure and to test them."""
+    before = _tried.get(launch)
+    _tried[launch] = constants
+    try:
+        yield
+    finally:
+        _tried.pop(launch)
+        if before is not None:
+            _tried[launch] = before
 
 
 def map_strides(x: Tensor) -> tuple[Tensor, int, int, int]:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fastfuse.kernels import _triton
 from fastfuse.kernels._device import pick, pick_pointer, sum_of_samples, table
-from fastfuse.kernels._triton import map_like
+from fastfuse.kernels._triton import launch_constants, map_like
 from fastfuse.kernels.attention_mse.triton_maps import (
+    LONG_SIDE,
     TILE,
     WARPS,
     compare_maps,
@@ -137,11 +138,13 @@ def forward(inputs: Sequence[Tensor], targets: Sequence[Tensor], reduction: str)
     maps = inputs[0].new_empty((2, starts[-1]), dtype=torch.float32)
     stats = inputs[0].new_empty((4, pairs, row), dtype=torch.float32)
     per_sample = inputs[0].new_empty((pairs, row), dtype=torch.float32)
+    own = launch_constants("attention_mse_fwd", inputs[0], TILE=TILE, WARPS=WARPS, LONG_SIDE=LONG_SIDE)
     if row:
         attention_mse_fwd_pair_kernel[(row, pairs)](
             tuple(inputs), _layout(inputs), tuple(targets), _layout(targets),
             (table(batches), table(positions), table(starts[:-1])), maps, starts[-1], stats, per_sample, row,
-            *_types(inputs), *_types(targets), **tile_sides((*inputs, *targets), TILE), num_warps=WARPS,
+            *_types(inputs), *_types(targets), **tile_sides((*inputs, *targets), own.TILE, own.LONG_SIDE),
+            num_warps=own.WARPS,
         )  # fmt: skip
     if reduction == "none":
         return per_sample, maps, stats
@@ -188,11 +191,13 @@ def _backward_launch(
     _, pairs, row = stats.shape
     batches, positions = [x.shape[0] for x in wanted], [x.shape[-2] * x.shape[-1] for x in wanted]
     extents = (batches, positions, starts, [i % pairs for i in places], [i // pairs for i in places])
-    sides = tile_sides((*wanted, *gradients), TILE)
+    own = launch_constants("attention_mse_bwd", wanted[0], TILE=TILE, WARPS=WARPS, LONG_SIDE=LONG_SIDE)
+    sides = tile_sides((*wanted, *gradients), own.TILE, own.LONG_SIDE)
     grid = (max(batches), triton.cdiv(max(positions), sides["BLOCK_N"]), len(wanted))
     if grid[0] and grid[1]:
         attention_mse_bwd_kernel[grid](
             cotangent, (cotangent.stride(0), cotangent.stride(1) if reduction == "none" else 0),
             maps, maps.shape[1], stats, pairs * row, row, wanted, _layout(wanted), gradients, _layout(gradients),
-            tuple(table(values) for values in extents), reduction == "mean", *_types(wanted), **sides, num_warps=WARPS,
+            tuple(table(values) for values in extents), reduction == "mean", *_types(wanted), **sides,
+            num_warps=own.WARPS,
         )  # fmt: skip

@@ -128,15 +128,15 @@ def attention_map_bwd_kernel(
         )  # fmt: skip
 
 
-def tile_sides(maps: Sequence[Tensor], tile: int) -> dict[str, int]:
+def tile_sides(maps: Sequence[Tensor], tile: int, long_side: int = LONG_SIDE) -> dict[str, int]:
     """BLOCK_C and BLOCK_N of a tile of so many elements: long along the contiguous axis, no larger than the maps."""
     channels = triton.next_power_of_2(max([x.shape[1] for x in maps if x.dim() == 4], default=1) or 1)
     extents = [x.shape[-2] * x.shape[-1] for x in maps]
     positions = triton.next_power_of_2(max(extents) or 1)
     if any(x.dim() == 4 and x.stride(1) == 1 for x in maps):
-        across = min(channels, LONG_SIDE)
+        across = min(channels, long_side)
         return {"BLOCK_C": across, "BLOCK_N": min(positions, tile // across)}
-    across = min(positions, LONG_SIDE)
+    across = min(positions, long_side)
     # Channels that start at odd places are loaded one by one, each with an address of its own: fewer fit the registers.
     if any(n % 16 for n in extents):
         tile //= 2

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from fastfuse.kernels._device import table
-from fastfuse.kernels._triton import map_strides
+from fastfuse.kernels._triton import launch_constants, map_strides
 from fastfuse.kernels.batch_norm_act import layout
 from fastfuse.kernels.batch_norm_act import triton_backward as bwd
 from fastfuse.kernels.batch_norm_act import triton_forward as fwd
@@ -47,28 +47,31 @@ class Plan(NamedTuple):
         return self.grid[1] == 1
 
 
-def plan_of(x: Tensor, groups: int) -> Plan:
+def plan_of(x: Tensor, groups: int, launch: str = "batch_norm_act_fwd") -> Plan:
     """The plan for a map that holds so many networks, or 0 where nothing is done per network."""
+    given = launch_constants(
+        launch, x, TILE_BYTES=TILE_BYTES, WARP_ELEMENTS=WARP_ELEMENTS, WIDEST=WIDEST, PROGRAMS=PROGRAMS
+    )  # fmt: skip
     batch, channels, height, width = x.shape
     positions, own = batch * height * width, channels // (groups or 1)
     # Every program merges all chunks: many chunks cost more than they hide.
     most = max(1, min(MOST_CHUNKS, isqrt(positions) // 2))
-    block = min(WIDEST, triton.next_power_of_2(own))
+    block = min(given.WIDEST, triton.next_power_of_2(own))
     # A network's attention map comes out of one block where that is wide enough.
     while not groups and block > NARROWEST and most * triton.cdiv(own, block) < FEW:
         block //= 2
     # Channels that start at odd places are loaded one by one, each with an address of its own: fewer fit the registers.
     uneven = x.stride(1) != 1 and (height * width) % 16
-    elements = TILE_BYTES // x.element_size()
+    elements = given.TILE_BYTES // x.element_size()
     columns = (elements // 2 if uneven else elements) // block
     blocks = triton.cdiv(own, block)
     programs = blocks * (groups or 1)
     tiles = triton.cdiv(positions, columns)
-    chunks = 1 if tiles <= OWN_TILES else min(most, triton.cdiv(PROGRAMS, programs), tiles)
+    chunks = 1 if tiles <= OWN_TILES else min(most, triton.cdiv(given.PROGRAMS, programs), tiles)
     chunk = max(triton.cdiv(tiles, chunks), 1) * columns
     extents = height * width, positions, channels, own, chunk
     columns = min(columns, triton.next_power_of_2(max(positions, 1)))
-    tile = {"BLOCK_C": block, "BLOCK_P": columns, "num_warps": max(4, elements // WARP_ELEMENTS)}
+    tile = {"BLOCK_C": block, "BLOCK_P": columns, "num_warps": max(4, elements // given.WARP_ELEMENTS)}
     return Plan((programs, triton.cdiv(positions, chunk)), blocks, chunk, extents, tile)
 
 
@@ -137,7 +140,7 @@ def backward(
 ) -> list[Tensor]:
     """One launch where no sums are needed or one program owns a batch, else two."""
     of_x, of_residual, of_weight, of_bias = found = layout.empty_gradients(x, weight, bias, needed)
-    plan = plan_of(x, 0 if of_attention is None else len(of_attention))
+    plan = plan_of(x, 0 if of_attention is None else len(of_attention), "batch_norm_act_bwd")
     maps, strides = _maps(x, grad, out, of_x if of_residual is None else of_residual)
     energy = None
     if of_attention is not None:

@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastfuse.kernels._triton import empty_map, map_strides
+from fastfuse.kernels._triton import empty_map, launch_constants, map_strides
 from fastfuse.kernels.concat_fuse import layout
 from fastfuse.kernels.concat_fuse import triton_backward as backward
 from fastfuse.kernels.concat_fuse import triton_fuse as forward
@@ -153,16 +153,17 @@ def _filter(call: Call, modules: Sequence[Module], hidden: Sequence[Tensor], sta
     norms, training = _norms(modules, 1, statistics), modules[0].norm1.training
     programs, channels = (call.shares, tiles(call.maps, CHANNELS)), sum(call.maps.channels)
     extents = call.positions, call.height, call.width, channels, call.chunk
+    own = launch_constants("concat_fuse_fwd", hidden[0], MOMENTS_WARPS=MOMENTS_WARPS, HIDDEN_WARPS=HIDDEN_WARPS)
     partial = None
     if training:
         partial = torch.empty((2, call.shares, channels), dtype=torch.float32, device=hidden[0].device)
         forward.concat_fuse_fwd_moments_kernel[programs](
             call.maps, call.taps, partial, *extents,
-            POSITIONS=POSITIONS, CHANNELS=CHANNELS, num_warps=MOMENTS_WARPS,
+            POSITIONS=POSITIONS, CHANNELS=CHANNELS, num_warps=own.MOMENTS_WARPS,
         )  # fmt: skip
     forward.concat_fuse_fwd_hidden_kernel[programs](
         call.maps, call.taps, norms, partial, table_of([[x] for x in hidden]), *extents,
-        ROWS=HIDDEN_ROWS, POSITIONS=POSITIONS, CHANNELS=CHANNELS, num_warps=HIDDEN_WARPS,
+        ROWS=HIDDEN_ROWS, POSITIONS=POSITIONS, CHANNELS=CHANNELS, num_warps=own.HIDDEN_WARPS,
     )  # fmt: skip
 
 
@@ -238,7 +239,7 @@ def _filter_backward(
         programs = triton.cdiv(call.positions, POSITIONS), tiles(gradients, CHANNELS)
         backward.concat_fuse_bwd_features_kernel[programs](
             table, call.taps, gradients, call.positions, call.height, call.width,
-            POSITIONS=POSITIONS, CHANNELS=CHANNELS, num_warps=WARPS,
+            **_backward_options(gradients.pointers[0])
         )  # fmt: skip
     return sums
 
@@ -287,13 +288,18 @@ def _parameter_tables(
     )
 
 
+def _backward_options(like: Tensor) -> dict[str, int]:
+    own = launch_constants("concat_fuse_bwd", like, WARPS=WARPS)
+    return {"POSITIONS": POSITIONS, "CHANNELS": CHANNELS, "num_warps": own.WARPS}
+
+
 def _second(
     call: Call, modules: Sequence[Module], cotangents: tuple[Of, Of], pre: Sequence[Tensor],
     of_pre: Sequence[Tensor] | None, found: Sequence[Sequence[Tensor | None]], parameters: bool,
 ) -> None:  # fmt: skip
     """Backward of the second norms."""
     table, norms, training = table_of([[x] for x in pre]), _norms(modules, 2), modules[0].norm2.training
-    channels, options = sum(table.channels), {"POSITIONS": POSITIONS, "CHANNELS": CHANNELS, "num_warps": WARPS}
+    channels, options = sum(table.channels), _backward_options(pre[0])
     extents = call.positions, call.spatial, channels, call.chunk
     programs, partial = (call.shares, tiles(table, CHANNELS)), None
     if parameters or (training and of_pre is not None):
@@ -315,7 +321,7 @@ def _first(
 ) -> None:  # fmt: skip
     """Backward of the first norms; the gradients of their inputs replace those of their ReLUs' outputs."""
     norms, training, channels = _norms(modules, 1), modules[0].norm1.training, sum(call.maps.channels)
-    options = {"POSITIONS": POSITIONS, "CHANNELS": CHANNELS, "num_warps": WARPS}
+    options = _backward_options(call.maps.pointers[0])
     extents = call.positions, call.height, call.width, channels, call.chunk
     programs, partial = (call.shares, tiles(call.maps, CHANNELS)), None
     given = call.maps, call.taps, norms, of_hidden

@@ -1,13 +1,14 @@
 """concat_conv1x1 in Triton: launchers. Several serve concat_fuse too, whose modules have a product each."""
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from fastfuse.kernels._triton import empty_map
+from fastfuse.kernels._triton import empty_map, launch_constants
 from fastfuse.kernels.concat_fuse import layout
 from fastfuse.kernels.concat_fuse import triton_kernels as kernels
 from fastfuse.kernels.concat_fuse.triton_tables import Maps, entries_of, some_of, table_of, tiles, weights_of
@@ -21,13 +22,14 @@ CHANNELS = 64
 GRADIENT_CHANNELS = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
 INNER = {torch.float32: 16, torch.float16: 32, torch.bfloat16: 32}
 WARPS = 8
+STAGES = 3
 # Moments of tiles are merged so many at once, for few channels: many programs.
 MERGE_ROWS = 32
 MERGE_CHANNELS = 16
 # Elementwise tiles: whole 64-byte pieces of either memory format.
 STEP = 32
-# The weight gradient sums over all positions: split until the device is filled twice, by shapes alone so that results
-# are the same on every GPU, and into no pieces smaller than this.
+# The weight gradient sums over all positions: split until the device is filled twice, by shapes and launch constants
+# alone so that results do not depend on how large a GPU is, and into no pieces smaller than this.
 PROGRAMS = 264
 LEAST_POSITIONS = 256
 REDUCE_ELEMENTS = 128
@@ -50,6 +52,12 @@ def precision(x: Tensor) -> str:
     """How products of a dtype are taken: float32 exactly, unless the user lets matrix products use TF32."""
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 and x.dtype == torch.float32 else "ieee"
+
+
+def _own(launch: str, like: Tensor, **written: int) -> SimpleNamespace:
+    return launch_constants(
+        f"concat_conv1x1_{launch}", like, INNER=INNER[like.dtype], WARPS=WARPS, STAGES=STAGES, **written
+    )
 
 
 def width_of(channels: int, most: int) -> int:
@@ -85,12 +93,13 @@ def convolve(
     """
     batch, _, height, width = outs[0].shape
     positions, table = batch * height * width, table_of([[x] for x in outs])
-    columns = width_of(max(table.channels), OUTPUTS)
+    own = _own("fwd", outs[0], OUTPUTS=OUTPUTS)
+    columns = width_of(max(table.channels), own.OUTPUTS)
     kernels.concat_conv1x1_fwd_kernel[(triton.cdiv(positions, POSITIONS), tiles(table, columns))](
         table_of(features), *(affine or (None, None)), weights_of(weights), table, partial,
         positions, height * width, sum(table.channels),
-        PRECISION=precision(outs[0]), POSITIONS=POSITIONS, OUTPUTS=columns, INNER=INNER[outs[0].dtype],
-        num_warps=WARPS,
+        PRECISION=precision(outs[0]), POSITIONS=POSITIONS, OUTPUTS=columns, INNER=own.INNER,
+        num_warps=own.WARPS, num_stages=own.STAGES,
     )  # fmt: skip
 
 
@@ -175,11 +184,12 @@ def bwd_features(
 ) -> None:
     """Fill the gradients of maps, given the gradient of each module's product."""
     (batch, _, height, width), dtype = grads[0].shape, grads[0].dtype
-    positions, columns = batch * height * width, width_of(max(gradients.channels), GRADIENT_CHANNELS[dtype])
+    own = _own("bwd_features", grads[0], CHANNELS=GRADIENT_CHANNELS[dtype])
+    positions, columns = batch * height * width, width_of(max(gradients.channels), own.CHANNELS)
     kernels.concat_conv1x1_bwd_features_kernel[(triton.cdiv(positions, POSITIONS), tiles(gradients, columns))](
         table_of([[x] for x in grads]), weights_of(weights), gradients, loaded, positions, height * width,
-        PRECISION=precision(grads[0]), POSITIONS=POSITIONS, CHANNELS=columns, INNER=INNER[dtype],
-        num_warps=WARPS,
+        PRECISION=precision(grads[0]), POSITIONS=POSITIONS, CHANNELS=columns, INNER=own.INNER,
+        num_warps=own.WARPS, num_stages=own.STAGES,
     )  # fmt: skip
 
 
@@ -187,19 +197,21 @@ def bwd_weights(
     grads: Sequence[Tensor], features: Sequence[Sequence[Tensor]], affine: Sequence[Tensor] = ()
 ) -> list[Tensor]:
     """Parts [parts, C_out, C] of the gradient of each module's weight."""
-    (batch, _, height, width), dtype = grads[0].shape, grads[0].dtype
+    batch, _, height, width = grads[0].shape
+    own = _own("bwd_weight", grads[0], OUTPUTS=OUTPUTS, CHANNELS=CHANNELS)
     positions, table, outs = batch * height * width, table_of(features), table_of([[x] for x in grads])
-    rows, columns = width_of(max(outs.channels), OUTPUTS), width_of(max(table.channels), CHANNELS)
+    rows, columns = width_of(max(outs.channels), own.OUTPUTS), width_of(max(table.channels), own.CHANNELS)
     grid = tiles(table, columns), triton.cdiv(max(outs.channels), rows)
     chunk = max(LEAST_POSITIONS, triton.cdiv(positions, triton.cdiv(PROGRAMS, grid[0] * grid[1])))
-    chunk = triton.cdiv(chunk, INNER[dtype]) * INNER[dtype]
+    chunk = triton.cdiv(chunk, own.INNER) * own.INNER
     parts = max(1, triton.cdiv(positions, chunk))
     inputs = tuple(sum(x.shape[1] for x in maps) for maps in features)
     sizes = zip(outs.channels, inputs, strict=True)
     partials = [torch.empty((parts, *size), dtype=torch.float32, device=grads[0].device) for size in sizes]
     kernels.concat_conv1x1_bwd_weight_kernel[(*grid, parts)](
         outs, table, *(affine or (None, None)), tuple(partials), inputs, positions, height * width, chunk,
-        PRECISION=precision(grads[0]), POSITIONS=INNER[dtype], OUTPUTS=rows, CHANNELS=columns, num_warps=WARPS,
+        PRECISION=precision(grads[0]), POSITIONS=own.INNER, OUTPUTS=rows, CHANNELS=columns, num_warps=own.WARPS,
+        num_stages=own.STAGES,
     )  # fmt: skip
     return partials
 

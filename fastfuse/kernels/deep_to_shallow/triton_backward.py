@@ -6,10 +6,12 @@ import torch
 import triton
 from torch import Tensor
 
+from fastfuse.kernels._triton import launch_constants
 from fastfuse.kernels.deep_to_shallow import outputs
 from fastfuse.kernels.deep_to_shallow import triton_norm as norm
 from fastfuse.kernels.deep_to_shallow import triton_products as products
 from fastfuse.kernels.deep_to_shallow.triton_tiles import (
+    MAP_TILE,
     MERGE_BLOCK,
     PRECISION,
     Strides,
@@ -72,19 +74,20 @@ def _through_norm(
     """Gradients of the norm's weight and bias, and those of its input where the products need them."""
     kept, count = maps[2], len(gammas)
     channels, positions = kept[0].shape[1], kept[0].shape[2] * kept[0].shape[3]
-    (tiles, columns), blocks = map_grid(kept[0], strides[2])
+    own = launch_constants("deep_to_shallow_bwd_norm", kept[0], MAP_TILE=MAP_TILE, WARPS=WARPS)
+    (tiles, columns), blocks = map_grid(kept[0], strides[2], own.MAP_TILE)
     shares = _shares(tiles, columns)
     given = (*maps, gammas, betas, means, rstds)
     partial = None
     if training or needed[2] or needed[3]:
         partial = means[0].new_empty(count * 2 * channels * shares)
         norm.deep_to_shallow_bwd_sums_kernel[(shares, columns, count)](
-            *given, partial, tiles, positions, channels, *strides, keep, *blocks, num_warps=WARPS
+            *given, partial, tiles, positions, channels, *strides, keep, *blocks, num_warps=own.WARPS
         )
     grad_maps = tuple(torch.empty_like(x) for x in kept) if needed[0] or needed[1] else None
     norm.deep_to_shallow_bwd_norm_kernel[(1 if grad_maps is None else shares, columns, count)](
         *given, partial, grad_gammas, grad_betas, grad_maps, tiles, shares, positions, channels,
-        kept[0].shape[0] * positions, *strides, training, keep, *blocks, num_warps=WARPS,
+        kept[0].shape[0] * positions, *strides, training, keep, *blocks, num_warps=own.WARPS,
     )  # fmt: skip
     return grad_maps
 
@@ -101,7 +104,7 @@ def _products(grad_maps: Maps, d_strides: Strides, tensors: Sequence[Maps | None
     dtype, d_fast = grad_maps[0].dtype, rows_fast(d_strides)
     partial, splits, merges = None, 0, 0
     if grad_weights is not None:
-        tile, options = product_tile(dtype, channels_out, positions, rows=channels_in)
+        tile, options = product_tile("deep_to_shallow_bwd_weight", xs[0], dtype, channels_out, positions, channels_in)
         tiles = triton.cdiv(channels_in, tile[0]) * triton.cdiv(channels_out, tile[1])
         steps = triton.cdiv(triton.cdiv(positions, tile[2]), _shares(triton.cdiv(positions, tile[2]), 9 * tiles))
         splits = triton.cdiv(triton.cdiv(positions, tile[2]), steps)
@@ -112,7 +115,7 @@ def _products(grad_maps: Maps, d_strides: Strides, tensors: Sequence[Maps | None
             PRECISION, rows_fast(x_strides), d_fast, *tile, **options,
         )  # fmt: skip
         merges = triton.cdiv(size, MERGE_BLOCK)
-    tile, options = product_tile(dtype, channels_in, channels_out)
+    tile, options = product_tile("deep_to_shallow_bwd_input", xs[0], dtype, channels_in, channels_out)
     tiles = 0 if grad_xs is None else triton.cdiv(positions, tile[0]) * triton.cdiv(channels_in, tile[1])
     products.deep_to_shallow_bwd_gradients_kernel[(merges + tiles, count)](
         partial, grad_weights, grad_maps, weights, grad_xs, merges, splits, *extents,

@@ -46,7 +46,7 @@ def launch_fwd(
     deep, channels_in, dtype = xs[0].shape[2:], xs[0].shape[1], out[0].dtype
     if out[0].numel() == 0:
         return
-    tile, options = product_tile(dtype, channels, channels_in)
+    tile, options = product_tile("deep_to_shallow_fwd", xs[0], dtype, channels, channels_in)
     grid = triton.cdiv(batch * deep[0] * deep[1], tile[0]), triton.cdiv(channels, tile[1])
     tiles = 4 * grid[0]
     for members, (x, weight, y), (x_strides, w_strides, strides) in strided(xs, weights, out):
@@ -90,7 +90,7 @@ def launch_attention(
     deep, channels_in, channels = xs[0].shape[2:], *weights[0].shape[:2]
     if attentions[0].numel() == 0:
         return [*attentions, *maps]
-    tile, options = product_tile(dtype, channels, channels_in)
+    tile, options = product_tile("deep_to_shallow_attention", xs[0], dtype, channels, channels_in)
     if dtype == torch.float32:
         tile = tile[0], min(tile[1], ATTENTION_COLUMNS), tile[2]
     else:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfuse.kernels._triton import map_strides
+from fastfuse.kernels._triton import launch_constants, map_strides
 from fastfuse.kernels.deep_to_shallow.outputs import alike
 
 # Rows, columns and depth of a program's matrix product. Exact float32 products run on the ordinary arithmetic units,
@@ -82,25 +82,30 @@ def rows_fast(strides: Sequence[int]) -> bool:
 
 
 def product_tile(
-    dtype: torch.dtype, columns: int, depth: int, rows: int | None = None
+    launch: str, like: Tensor, dtype: torch.dtype, columns: int, depth: int, rows: int | None = None
 ) -> tuple[tuple[int, int, int], dict[str, int]]:
     """Tile of a program's product (rows, columns, depth), no larger than the extents ask for, and launch options."""
     single = dtype == torch.float32
     limits = FLOAT_TILE if single else HALF_TILE
+    own = launch_constants(
+        launch, like, dtype, ROWS=limits[0], COLUMNS=limits[1], DEPTH=limits[2], WARP_ELEMENTS=WARP_ELEMENTS,
+        STAGES=FLOAT_STAGES if single else HALF_STAGES,
+    )  # fmt: skip
+    limits = own.ROWS, own.COLUMNS, own.DEPTH
     extents = (limits[0] if rows is None else rows, columns, depth)
     tile = tuple(
         min(limit, max(SMALLEST, triton.next_power_of_2(extent))) for extent, limit in zip(extents, limits, strict=True)
     )
-    warps = max(4, tile[0] * tile[1] // WARP_ELEMENTS)
-    return tile, {"num_warps": warps, "num_stages": FLOAT_STAGES if single else HALF_STAGES}
+    warps = max(4, tile[0] * tile[1] // own.WARP_ELEMENTS)
+    return tile, {"num_warps": warps, "num_stages": own.STAGES}
 
 
-def map_grid(x: Tensor, strides: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
+def map_grid(x: Tensor, strides: Sequence[int], most: int = MAP_TILE) -> tuple[tuple[int, int], tuple[int, int]]:
     """Tiles of an elementwise pass over a map (of positions, of channels), and their sides, long where memory runs."""
     batch, channels, height, width = x.shape
     along, across = (height * width, channels) if rows_fast(strides) else (channels, height * width)
-    long = min(triton.next_power_of_2(along), MAP_TILE // SMALLEST)
-    short = min(triton.next_power_of_2(across), MAP_TILE // long)
+    long = min(triton.next_power_of_2(along), most // SMALLEST)
+    short = min(triton.next_power_of_2(across), most // long)
     blocks = (short, long) if rows_fast(strides) else (long, short)
     return (batch * triton.cdiv(height * width, blocks[1]), triton.cdiv(channels, blocks[0])), blocks
 

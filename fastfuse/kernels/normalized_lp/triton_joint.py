@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastfuse.kernels import _triton
 from fastfuse.kernels._device import pick, pick_pointer, table
-from fastfuse.kernels.attention_mse.triton_maps import compare_maps, map_gradient, tile_sides
+from fastfuse.kernels.attention_mse.triton_maps import LONG_SIDE, compare_maps, map_gradient, tile_sides
 from fastfuse.kernels.normalized_lp.layout import gradient_like
 from fastfuse.kernels.normalized_lp.triton_sums import (
     combine,
@@ -188,12 +188,14 @@ def normalized_lp_bwd_joint_kernel(
 class _Launch:
     """Geometry of the launches over pairs: extents, tables of strides, tile and grid."""
 
-    def __init__(self, *columns: Sequence[Tensor]) -> None:
+    def __init__(self, name: str, *columns: Sequence[Tensor]) -> None:
         """Each column holds one tensor of every pair: x, y and, backward, their gradients."""
+        own = _triton.launch_constants(name, columns[0][0], TILE=TILE, WARPS=WARPS, LONG_SIDE=LONG_SIDE)
         shapes = [x.shape for x in columns[0]]
         self.batches, self.channels = [shape[0] for shape in shapes], [shape[1] for shape in shapes]
         self.positions = [shape[2] * shape[3] for shape in shapes]
-        self.sides = tile_sides([x for column in columns for x in column], TILE)
+        self.warps = own.WARPS
+        self.sides = tile_sides([x for column in columns for x in column], own.TILE, own.LONG_SIDE)
         self.layouts = [
             tuple(table(values) for values in zip(*(_triton.map_strides(x)[1:] for x in column), strict=True))
             for column in columns
@@ -215,7 +217,7 @@ def forward(
 
     Three launches; p = 1: one more, "none": one less.
     """
-    launch = _Launch(inputs, targets)
+    launch = _Launch("normalized_lp_joint_fwd", inputs, targets)
     row, blocks, pairs = launch.grid
     sizes = [b * n for b, n in zip(launch.batches, launch.positions, strict=True)]
     starts = ([0, *accumulate(values)][:-1] for values in (launch.tiles, sizes))
@@ -226,10 +228,10 @@ def forward(
     per_sample = tuple(empty((pairs, row), dtype=torch.float32) for _ in range(2))
     tensors = tuple(inputs), launch.layouts[0], tuple(targets), launch.layouts[1], extents, partial, plane
     if row and blocks:
-        normalized_lp_fwd_joint_kernel[launch.grid](*tensors, maps, half, p, **launch.sides, num_warps=WARPS)
+        normalized_lp_fwd_joint_kernel[launch.grid](*tensors, maps, half, p, **launch.sides, num_warps=launch.warps)
         if p == 1 and plane:
             normalized_lp_fwd_joint_distance_kernel[launch.grid](
-                *tensors, COMBINE_BLOCK, **launch.sides, num_warps=WARPS
+                *tensors, COMBINE_BLOCK, **launch.sides, num_warps=launch.warps
             )  # fmt: skip
     if row:
         normalized_lp_fwd_joint_combine_kernel[(row, pairs)](
@@ -267,7 +269,7 @@ def backward(
     places = [gradient_like(x) if asked else x for x, asked in zip(tensors, wanted, strict=True)]
     count, row = len(inputs), stats.shape[2]
     columns = tuple(inputs), tuple(targets), tuple(places[:count]), tuple(places[count:])
-    launch = _Launch(*columns)
+    launch = _Launch("normalized_lp_joint_bwd", *columns)
     flags = ([int(asked) for asked in side] for side in (wanted[:count], wanted[count:]))
     cotangents = feature_cotangent, attention_cotangent
     if launch.grid[0] and launch.grid[1] and any(launch.tiles):
@@ -275,6 +277,6 @@ def backward(
             cotangents, tuple((x.stride(0), x.stride(1) if reduction == "none" else 0) for x in cotangents),
             stats, stats.shape[1] * row, row, maps, maps.shape[1],
             *(x for column in zip(columns, launch.layouts, strict=True) for x in column),
-            launch.extents(starts, pairs, *flags), p, reduction == "mean", **launch.sides, num_warps=WARPS,
+            launch.extents(starts, pairs, *flags), p, reduction == "mean", **launch.sides, num_warps=launch.warps,
         )  # fmt: skip
     return [x for x, asked in zip(places, wanted, strict=True) if asked]

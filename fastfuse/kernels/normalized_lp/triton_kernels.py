@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfuse.kernels._device import pick, pick_pointer, table
+from fastfuse.kernels._triton import launch_constants
 from fastfuse.kernels.normalized_lp.layout import gradient_like, rows
 from fastfuse.kernels.normalized_lp.triton_sums import (
     combine,
@@ -126,12 +127,13 @@ def normalized_lp_bwd_kernel(
 class _Launch:
     """Geometry of the launches over pairs: tables of extents and strides, tile and grid."""
 
-    def __init__(self, *columns: Sequence[Tensor]) -> None:
+    def __init__(self, name: str, *columns: Sequence[Tensor]) -> None:
         """Each column holds one tensor of every pair: x, y and, backward, their gradients."""
+        own = launch_constants(name, columns[0][0], TILE=TILE, WARPS=WARPS)
         shapes = [x.shape for x in columns[0]]
         self.batches = [shape[0] for shape in shapes]
         self.elements = [shape[1:].numel() for shape in shapes]
-        self.tile = min(TILE, triton.next_power_of_2(max(*self.elements, 1)))
+        self.warps, self.tile = own.WARPS, min(own.TILE, triton.next_power_of_2(max(*self.elements, 1)))
         tiles = [triton.cdiv(elements, self.tile) for elements in self.elements]
         starts = list(accumulate((b * n for b, n in zip(self.batches, tiles, strict=True)), initial=0))
         self.plane = starts.pop()
@@ -145,12 +147,12 @@ class _Launch:
         self.grid = (max(self.batches), max(tiles), len(shapes))
 
     def options(self) -> dict[str, int]:
-        return {"FLAT": self.flat, "TILE": self.tile, "num_warps": WARPS}
+        return {"FLAT": self.flat, "TILE": self.tile, "num_warps": self.warps}
 
 
 def forward(inputs: Sequence[Tensor], targets: Sequence[Tensor], p: int, reduction: str) -> tuple[Tensor, Tensor]:
     """Losses [P] or [P, B], stats [6, P, B]: norms, dots, ratios. Three launches; p = 1: one more, "none": one less."""
-    launch = _Launch(inputs, targets)
+    launch = _Launch("normalized_lp_fwd", inputs, targets)
     row, _, pairs = launch.grid
     partial = inputs[0].new_empty((5, launch.plane), dtype=torch.float32)
     stats = inputs[0].new_empty((6, pairs, row), dtype=torch.float32)
@@ -195,7 +197,7 @@ def backward(
     places = [gradient_like(x) if asked else x for x, asked in zip(maps, wanted, strict=True)]
     count, row = len(inputs), stats.shape[2]
     columns = tuple(inputs), tuple(targets), tuple(places[:count]), tuple(places[count:])
-    launch = _Launch(*columns)
+    launch = _Launch("normalized_lp_bwd", *columns)
     flags = (table([int(asked) for asked in side]) for side in (wanted[:count], wanted[count:]))
     if launch.plane:
         normalized_lp_bwd_kernel[launch.grid](
