@@ -2,7 +2,9 @@
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,9 +12,10 @@ from torch._functorch import config as functorch_config
 
 from benchmarks import roofline
 from benchmarks.kernel_cases import KernelCase, cases
-from benchmarks.report import Report, Value, environment
+from benchmarks.report import Report, Value, environment, read
+from benchmarks.shares import compile_together, part_of
 from benchmarks.timing import Timing, measure_in_turn
-from fastfuse.errors import InputError
+from fastfuse.errors import unknown_name
 from fastfuse.kernels import _dispatch
 from fastfuse.testing import relative_l2
 from fastfuse.train.build import pick_device
@@ -40,31 +43,42 @@ COLUMNS = {
 }
 
 
-def run(options: argparse.Namespace) -> Report:
+# The operators of FFSD's step, those over the largest maps first; the others come after them.
+FIRST = (
+    "batch_norm_act",
+    "normalized_lp",
+    "attention_mse",
+    "deep_to_shallow",
+    "concat_fuse",
+    "concat_conv1x1",
+    "peer_kl_ce",
+    "diversity_target",
+    "augment",
+)
+# Of the time, for compiling by several processes before the first measurement.
+COMPILING = 0.4
+
+
+def run(options: argparse.Namespace) -> Iterator[Report]:
     """Measure all providers of every case in turn; `options` as parsed by `benchmarks/run.py`.
 
+    Gives the report as it grows, after each case in each dtype. A case that fails is left out.
+
     Raises:
-        InputError: no such device, or a part that does not exist.
-        AssertionError: a provider does not compute what the reference does; nothing more is measured then.
+        InputError: no such device or operator, or a part that does not exist.
+        AssertionError: after all others, names the cases that failed, or do not compute what the reference does.
     """
     device = pick_device(options.device)
     # A backward is timed many times over one forward.
     functorch_config.donated_buffer = False
-    chosen = _part([case for case in cases() if case.quick or not options.quick], options.part)
+    end = math.inf if options.max_time is None else time.monotonic() + options.max_time
+    chosen, skipped = planned(options, device)
+    if options.compile:
+        compile_share(part_of(chosen, options.compile, "--compile"), device)
+        return
+    if options.jobs > 1 and device.type == "cuda":
+        compile_together([sys.executable, *sys.argv], options.jobs, COMPILING * (options.max_time or math.inf))
     copy_rate = roofline.copy_rate(device, options.repeats) / 1e9
-    rows: list[dict[str, Value]] = []
-    samples: dict[str, tuple[float, ...]] = {}
-    left_out: set[str] = set()
-    for case in chosen:
-        for name, dtype in DTYPES.items():
-            if options.quick and name == "float32" and device.type == "cuda":
-                continue
-            found, missing = _measure(case, name, dtype, device, options, copy_rate)
-            left_out |= missing
-            for row, timing in found:
-                rows.append(row)
-                key = "/".join(str(row[k]) for k in ("op", "shape", "dtype", "mode", "provider"))
-                samples[key] = timing.samples_ms
     settings = {
         "suite": "kernels",
         "part": options.part or "1/1",
@@ -72,17 +86,84 @@ def run(options: argparse.Namespace) -> Report:
         "quick": options.quick,
         "copy_gb_per_s": round(copy_rate, 1),
     }
-    stem = f"kernels_{settings['part'].replace('/', 'of')}{'_quick' if options.quick else ''}_{device.type}"
-    return Report(stem, settings, environment(device), COLUMNS, rows, {}, samples, sorted(left_out))
+    more = f"_after{skipped}" if skipped else ""
+    stem = f"kernels_{settings['part'].replace('/', 'of')}{more}{'_quick' if options.quick else ''}_{device.type}"
+    report = Report(stem, settings, environment(device), COLUMNS, [], {}, {}, [])
+    failed: list[str] = []
+    for number, (case, name) in enumerate(chosen):
+        if time.monotonic() > end:
+            report.warnings.append(f"the time was over before {len(chosen) - number} of {len(chosen)} cases")
+            break
+        _into(report, case, name, device, options, copy_rate, failed)
+        if report.rows:
+            yield report
+    if failed:
+        raise AssertionError("; ".join(failed))
 
 
-def _part(chosen: list[KernelCase], part: str | None) -> list[KernelCase]:
-    if part is None:
-        return chosen
-    index, _, count = part.partition("/")
-    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
-        raise InputError(f"--part must be i/n with 1 <= i <= n, not {part!r}")
-    return chosen[int(index) - 1 :: int(count)]
+def planned(options: argparse.Namespace, device: torch.device) -> tuple[list[tuple[KernelCase, str]], int]:
+    """Cases and dtypes in the order of their value, large and low-precision maps first, and how many earlier runs had.
+
+    Raises:
+        InputError: no such operator or part.
+    """
+    every = cases()
+    known = {case.op for case in every}
+    for op in options.ops or ():
+        if op not in known:
+            raise unknown_name("operator", op, sorted(known))
+    dtypes = ["bfloat16"] if options.quick and device.type == "cuda" else list(DTYPES)
+    found = [(case, name) for case in every if case.quick or not options.quick for name in dtypes]
+    found = [(case, name) for case, name in found if case.op in (options.ops or known)]
+    found = part_of(sorted(found, key=_rank), options.part)
+    done = {(row["op"], row["shape"], row["dtype"]) for path in options.after or () for row in read(path)["rows"]}
+    left = [(case, name) for case, name in found if (case.op, case.shape, name) not in done]
+    return left, len(found) - len(left)
+
+
+def _rank(entry: tuple[KernelCase, str]) -> tuple:
+    case, name = entry
+    place = FIRST.index(case.op) if case.op in FIRST else len(FIRST)
+    small, other = not case.shape.startswith("imagenet"), "contiguous" in case.shape
+    return name != "bfloat16", place == len(FIRST), not case.quick, small, other, place
+
+
+def _into(
+    report: Report,
+    case: KernelCase,
+    name: str,
+    device: torch.device,
+    options: argparse.Namespace,
+    copy_rate: float,
+    failed: list[str],
+) -> None:
+    """Add a case's rows to the report, or say why there are none."""
+    try:
+        found, missing = _measure(case, name, DTYPES[name], device, options, copy_rate)
+    except Exception as error:  # of a hundred cases one must not cost the others
+        failed.append(f"{case.op} {case.shape} {name}: {type(error).__name__}: {str(error)[:300]}")
+        report.warnings.append(f"left out: {failed[-1]}")
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # raises after a fault, from which no process recovers
+        return
+    report.warnings.extend(sorted(missing - set(report.warnings)))
+    for row, timing in found:
+        report.rows.append(row)
+        key = "/".join(str(row[k]) for k in ("op", "shape", "dtype", "mode", "provider"))
+        report.samples_ms[key] = timing.samples_ms
+
+
+def compile_share(chosen: Sequence[tuple[KernelCase, str]], device: torch.device) -> None:
+    """Run every provider of these cases once in each mode, so that compilers' caches hold what they need."""
+    for case, name in chosen:
+        tensors = case.make(device, DTYPES[name])
+        for function in providers_of(case, DTYPES[name], device)[0].values():
+            try:
+                with torch.no_grad():
+                    function(tensors)
+                _forward_backward(function, tensors)
+            except Exception as error:  # whoever measures this case meets it again, and says so
+                print(f"{case.op} {case.shape} {name}: {type(error).__name__}", file=sys.stderr)
 
 
 def providers_of(

@@ -69,6 +69,18 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto, cpu or cuda (auto: cuda where there is one)")
     add("--quick", action="store_true", help="step: one ratio, in the form that suits the device; else: does it run")
     add("--part", help="i/n: the i-th of n parts of the suite kernels")
+    add("--ops", type=_names, help="of the suite kernels: operators with commas (all)")
+    add("--max-time", type=float, help="of the suite kernels: seconds after which no other case begins")
+    add(
+        "--after",
+        type=Path,
+        nargs="+",
+        help="of the suite kernels: JSON files of earlier runs, whose cases are left out",
+    )
+    add(
+        "--jobs", type=int, default=1, help="of the suite kernels on a GPU: processes that compile before it begins (1)"
+    )
+    add("--compile", help=argparse.SUPPRESS)
     add("--out", type=Path, help="directory for JSON and CSV files, written as each part ends")
     add("--plot", metavar="FILE", nargs="?", const="", help="a picture of step or scaling (in --out if not named)")
     return parser

@@ -10,7 +10,6 @@ compiled first, by several processes at once. The table is written anew whenever
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from torch._functorch import config as functorch_config
 
 from benchmarks.launch_space import SEARCHES, Search
 from benchmarks.report import environment
+from benchmarks.shares import compile_together, part_of
 from benchmarks.tuning import several, tune
 from fastfuse.errors import FastfuseError, InputError, unknown_name
 from fastfuse.kernels import _triton
@@ -35,9 +35,8 @@ KINDS = ("bfloat16 channels_last", "float32 channels_last", "bfloat16 contiguous
 
 def compile_share(chosen: Sequence[tuple[Search, str]], part: str, device: torch.device) -> None:
     """Run every part-th trial once, so that its kernels lie in Triton's cache."""
-    index, _, count = part.partition("/")
     work = [(search, kind, trial) for search, kind in chosen for trial in ({}, *search.trials())]
-    for search, kind, trial in work[int(index) - 1 :: int(count)]:
+    for search, kind, trial in part_of(work, part, "--compile"):
         dtype, _, layout = kind.partition(" ")
         for case in search.cases(layout):
             try:
@@ -47,19 +46,6 @@ def compile_share(chosen: Sequence[tuple[Search, str]], part: str, device: torch
                     torch.autograd.backward(wanted, [torch.ones_like(y) for y in wanted])
             except Exception as error:
                 print(f"{search.launch} {trial}: {type(error).__name__}: {str(error)[:100]}", file=sys.stderr)
-
-
-def compile_all(arguments: Sequence[str], jobs: int, seconds: float) -> None:
-    """Let several processes compile at once; what is not done in time is compiled when its turn comes."""
-    commands = [[sys.executable, __file__, *arguments, "--compile", f"{i + 1}/{jobs}"] for i in range(jobs)]
-    running = [subprocess.Popen(command) for command in commands]
-    end = time.monotonic() + seconds
-    for process in running:
-        try:
-            process.wait(max(0.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def merged(table: Path, launch: str, kind: str, row: dict[str, Any] | None) -> None:
@@ -151,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.table = options.table or _triton.TABLES / f"{_triton.architecture(like)}.json"
         began = time.monotonic()
         if options.jobs > 1:
-            compile_all(arguments, options.jobs, options.max_time / 3)
+            compile_together([sys.executable, __file__, *arguments], options.jobs, options.max_time / 3)
         options.max_time -= time.monotonic() - began
         for line in run(options, device):
             print(line, flush=True)

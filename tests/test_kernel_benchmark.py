@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -5,6 +6,8 @@ import torch
 
 from benchmarks import kernels, run
 from benchmarks.kernel_cases import KernelCase, cases
+from benchmarks.options import for_suite, make_parser
+from benchmarks.shares import part_of
 
 
 def test_every_op_has_a_cifar_and_an_imagenet_case_in_the_short_list():
@@ -20,7 +23,7 @@ def test_a_part_that_does_not_exist_is_refused(part, capsys):
 
 def test_parts_cover_the_grid_once():
     chosen = cases(batch=2)
-    parts = [kernels._part(chosen, f"{i}/7") for i in range(1, 8)]
+    parts = [part_of(chosen, f"{i}/7") for i in range(1, 8)]
     assert sorted(id(case) for part in parts for case in part) == sorted(map(id, chosen))
 
 
@@ -65,3 +68,52 @@ def test_what_a_forward_changes_in_place_is_every_providers_own(monkeypatch):
     monkeypatch.setattr(kernels, "cases", lambda: [case])
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     assert run.main(["--suite", "kernels", "--quick", "--device", "cpu"]) == 0
+
+
+def entries(*arguments):
+    options = for_suite(make_parser("").parse_args(["--suite", "kernels", *arguments]), "kernels")
+    found, skipped = kernels.planned(options, torch.device("cuda"))
+    return [(case.op, case.shape, name) for case, name in found], skipped
+
+
+def test_large_maps_of_ffsds_operators_come_first():
+    every, _ = entries()
+    assert len(every) == len(set(every)) == 2 * len(cases())
+    first = every[: len(kernels.FIRST)]
+    assert {op for op, _, _ in first} <= set(kernels.FIRST)
+    assert all(shape.startswith("imagenet") and name == "bfloat16" for _, shape, name in first)
+    assert {name for _, _, name in every[-len(cases()) :]} == {"float32"}
+
+
+def test_what_an_earlier_run_measured_is_left_out(tmp_path):
+    every, _ = entries("--ops", "augment")
+    file = tmp_path / "before.json"
+    rows = [dict(zip(("op", "shape", "dtype"), every[0], strict=True))]
+    file.write_text(json.dumps({"settings": {}, "environment": {}, "rows": rows}))
+    assert entries("--ops", "augment", "--after", str(file)) == (every[1:], 1)
+
+
+def test_an_operator_that_does_not_exist_is_refused(capsys):
+    assert run.main(["--suite", "kernels", "--device", "cpu", "--ops", "augmint"]) == 2
+    assert "augment" in capsys.readouterr().err
+
+
+def test_when_the_time_is_over_the_rest_is_counted(one_small_case, tmp_path, capsys, monkeypatch):
+    clock = iter([0.0, 1.0, 11.0])
+    monkeypatch.setattr(kernels.time, "monotonic", lambda: next(clock))
+    arguments = ["--suite", "kernels", "--quick", "--device", "cpu", "--max-time", "10", "--out", str(tmp_path)]
+    assert run.main(arguments) == 0
+    saved = json.loads((tmp_path / "kernels_1of1_quick_cpu.json").read_text())
+    assert {row["dtype"] for row in saved["rows"]} == {"bfloat16"}
+
+
+def test_a_wrong_case_costs_the_others_nothing(one_small_case, tmp_path, monkeypatch):
+    right = one_small_case.call
+    wrong = dataclasses.replace(
+        one_small_case, shape="wrong", call=lambda t, b: right(t, "reference") * (1 + (b != "reference"))
+    )
+    monkeypatch.setattr(kernels, "cases", lambda: [wrong, one_small_case])
+    with pytest.raises(AssertionError, match="wrong: fastfuse triton differs"):
+        run.main(["--suite", "kernels", "--quick", "--device", "cpu", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "kernels_1of1_quick_cpu.json").read_text())["rows"]
+    assert {row["shape"] for row in rows} == {one_small_case.shape}
