@@ -57,12 +57,13 @@ FIRST = (
 )
 # Of the time, for compiling by several processes before the first measurement.
 COMPILING = 0.4
+EVERY = 10  # seconds: as often the report is given while it grows
 
 
 def run(options: argparse.Namespace) -> Iterator[Report]:
     """Measure all providers of every case in turn; `options` as parsed by `benchmarks/run.py`.
 
-    Gives the report as it grows, after each case in each dtype. A case that fails is left out.
+    Gives the report as it grows. A case that fails is left out.
 
     Raises:
         InputError: no such device or operator, or a part that does not exist.
@@ -90,13 +91,17 @@ def run(options: argparse.Namespace) -> Iterator[Report]:
     stem = f"kernels_{settings['part'].replace('/', 'of')}{more}{'_quick' if options.quick else ''}_{device.type}"
     report = Report(stem, settings, environment(device), COLUMNS, [], {}, {}, [])
     failed: list[str] = []
+    shown = time.monotonic()
     for number, (case, name) in enumerate(chosen):
         if time.monotonic() > end:
             report.warnings.append(f"the time was over before {len(chosen) - number} of {len(chosen)} cases")
             break
         _into(report, case, name, device, options, copy_rate, failed)
-        if report.rows:
+        if report.rows and time.monotonic() > shown + EVERY:
+            shown = time.monotonic()
             yield report
+    if report.rows:
+        yield report
     if failed:
         raise AssertionError("; ".join(failed))
 

@@ -76,7 +76,7 @@ def run(options: argparse.Namespace, device: torch.device) -> Iterator[str]:
     for kind in options.kinds:
         for search in options.searches:
             if time.monotonic() > end:
-                yield f"{search.launch} {kind}: not tuned, the time is over"
+                yield f"{search.launch} {kind}: not tuned, the time was over"
                 continue
             began = time.monotonic()
             taken, tried = tune(search, kind, device)

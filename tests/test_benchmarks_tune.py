@@ -140,7 +140,7 @@ def test_a_whole_search_ends_in_a_row(tmp_path, monkeypatch):
     assert row["constants"] == {"TILE": 1024, "WARPS": 4} and row["microseconds"] == {case.shape: [2000, 1000]}
     assert len(json.loads((tmp_path / "log.json").read_text())["searches"][0]["tried"]) == 3
     options.max_time = -1
-    assert list(tune.run(options, CPU)) == ["attention_mse_fwd float32 channels_last: not tuned, the time is over"]
+    assert list(tune.run(options, CPU)) == ["attention_mse_fwd float32 channels_last: not tuned, the time was over"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: tuning would begin")

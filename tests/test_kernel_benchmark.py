@@ -99,12 +99,15 @@ def test_an_operator_that_does_not_exist_is_refused(capsys):
 
 
 def test_when_the_time_is_over_the_rest_is_counted(one_small_case, tmp_path, capsys, monkeypatch):
-    clock = iter([0.0, 1.0, 11.0])
-    monkeypatch.setattr(kernels.time, "monotonic", lambda: next(clock))
+    clock = [0.0]
+    monkeypatch.setattr(kernels.time, "monotonic", lambda: clock[0])
+    measured = kernels._measure
+    monkeypatch.setattr(kernels, "_measure", lambda *given: (clock.__setitem__(0, clock[0] + 11), measured(*given))[1])
     arguments = ["--suite", "kernels", "--quick", "--device", "cpu", "--max-time", "10", "--out", str(tmp_path)]
     assert run.main(arguments) == 0
     saved = json.loads((tmp_path / "kernels_1of1_quick_cpu.json").read_text())
     assert {row["dtype"] for row in saved["rows"]} == {"bfloat16"}
+    assert saved["warnings"][-1] == "the time was over before 1 of 2 cases"
 
 
 def test_a_wrong_case_costs_the_others_nothing(one_small_case, tmp_path, monkeypatch):

@@ -1,0 +1,142 @@
+"""The tests marked `gpu`: a process for each operator, several at once, and which operators are red after them."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+# What tests call operators of another name by.
+ALIASES = {"attention_map": "attention_mse", "diversity": "diversity_target"}
+# One call of every kernel is enough for the sanitizer, which makes each a hundred times slower.
+SHORT = re.compile(r"(triton_equals|on_a_gpu).*\[(?=.*float32)(?=.*channels_last)")
+SANITIZERS = ("memcheck", "racecheck")
+
+
+@dataclass
+class Result:
+    """What processes of tests gave.
+
+    Attributes:
+        passed: how many tests.
+        bad: tests that failed, were skipped, or of which nothing was heard, with the reason.
+        red: operators with such a test, but for skipped ones: nothing says that these are wrong.
+    """
+
+    passed: int = 0
+    bad: dict[str, str] = field(default_factory=dict)
+    red: set[str] = field(default_factory=set)
+
+
+def op_of(test: str, ops: Sequence[str]) -> str | None:
+    """The operator that a test's parameters begin with; None for a test of something else."""
+    given = test.partition("[")[2]
+    names = {**{op: op for op in ops}, **ALIASES}
+    found = [name for name in names if given.startswith(name)]
+    return names[max(found, key=len)] if found else None
+
+
+def shards(tests: Sequence[str], ops: Sequence[str]) -> dict[str, list[str]]:
+    """Tests by operator, those of something else by file."""
+    found: dict[str, list[str]] = {}
+    for test in tests:
+        found.setdefault(op_of(test, ops) or Path(test.partition("::")[0]).stem, []).append(test)
+    return found
+
+
+def collected() -> list[str]:
+    """All tests marked `gpu`.
+
+    Raises:
+        RuntimeError: pytest finds none.
+    """
+    files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
+    done = subprocess.run([*PYTEST, "--collect-only", "-m", "gpu", *files], cwd=ROOT, capture_output=True, text=True)
+    tests = [line for line in done.stdout.splitlines() if "::" in line and not line.startswith(("ERROR", "FAILED"))]
+    if done.returncode or not tests:
+        raise RuntimeError(f"pytest collects no gpu tests: {done.stdout[-500:]}")
+    return tests
+
+
+def heard(report: Path) -> dict[str, str]:
+    """Outcomes of the tests in a file of pytest's --junitxml: "passed", or what went wrong."""
+    if not report.exists():
+        return {}
+    outcomes = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        bad = [child for child in case if child.tag in ("failure", "error", "skipped")]
+        said = f"{bad[0].tag}: {bad[0].get('message', '')[:200]}" if bad else "passed"
+        outcomes[f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"] = said
+    return outcomes
+
+
+def run(
+    tests: Sequence[str], ops: Sequence[str], out: Path, *, seconds: float | None, jobs: int, tool: str | None = None
+) -> Result:
+    """Run tests, perhaps under a tool of compute-sanitizer; a log for each process goes to `out`."""
+    end = None if seconds is None else time.monotonic() + seconds
+    groups = sorted(shards(tests, ops).items(), key=lambda entry: -len(entry[1]))
+    out.mkdir(parents=True, exist_ok=True)
+
+    def one(entry: tuple[str, list[str]]) -> tuple[str, int | None]:
+        name, own = entry
+        prefix = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"] if tool else []
+        left = None if end is None else end - time.monotonic()
+        command = [*prefix, *PYTEST, f"--junitxml={out / name}.xml", *own]
+        return name, None if left is not None and left < 5 else limited(command, out / f"{name}.log", left)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        statuses = dict(pool.map(one, groups))
+    return judged(dict(groups), ops, statuses, lambda name: heard(out / f"{name}.xml"))
+
+
+def judged(
+    groups: dict[str, list[str]],
+    ops: Sequence[str],
+    statuses: dict[str, int | None],
+    outcomes_of: Callable[[str], dict[str, str]],
+) -> Result:
+    """One result of all processes; None is the status of one that was cut off or never began."""
+    result = Result()
+    for name, tests in groups.items():
+        outcomes, status = outcomes_of(name), statuses[name]
+        nothing = "no time" if status is None else f"nothing was heard (exit status {status})"
+        said = {test: outcomes.get(test, nothing) for test in tests}
+        result.passed += sum(what == "passed" for what in said.values())
+        bad = {test: what for test, what in said.items() if what != "passed"}
+        if status and not bad:  # the sanitizer says so at the end of a process, not of a test
+            bad[name] = f"exit status {status}"
+        result.bad |= bad
+        if name in ops and any(not what.startswith("skipped") for what in bad.values()):
+            result.red.add(name)
+    return result
+
+
+def limited(command: Sequence[str], log: Path, seconds: float | None) -> int | None:
+    """Exit status of a command, its output in a file; None if the time was over: then all that it started is ended."""
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # the checkout need not be installed
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(path)},
+        )  # fmt: skip
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return None
+
+
+def missing_tool() -> str | None:
+    """Why nothing can be sanitized here, or None."""
+    return None if shutil.which("compute-sanitizer") else "compute-sanitizer is not on the PATH"
