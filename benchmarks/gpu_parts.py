@@ -46,7 +46,7 @@ PARTS = (
     Part("imagenet", 150, (*_STEP, "graphed", "--model", "resnet18"), shown=10),
     Part("scaling", 120, (*_RUN, "scaling", "--modes", "graphed", "--replicas", "4"), shown=16),
     Part(
-        "profile-imagenet", 75,
+        "profile-imagenet", 120,
         ("benchmarks/profile_step.py", "--model", "resnet18", "--out", "{out}/profile_imagenet.json"), shown=30,
     ),
     Part("tune", 240, ("benchmarks/tune.py", "--table", "{out}/table.json", "--log", "{out}/tune.json"), LIMIT, 40),

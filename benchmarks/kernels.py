@@ -11,17 +11,16 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from benchmarks import roofline
-from benchmarks.kernel_cases import KernelCase, cases
-from benchmarks.report import Report, Value, environment, read
+from benchmarks.kernel_cases import KernelCase
+from benchmarks.kernel_plan import DTYPES, planned
+from benchmarks.report import Report, Value, environment
 from benchmarks.shares import compile_together, part_of
 from benchmarks.timing import Timing, measure_in_turn
-from fastfuse.errors import unknown_name
 from fastfuse.kernels import _dispatch
 from fastfuse.testing import relative_l2
 from fastfuse.train.build import pick_device
 
 MODES = ("forward", "backward")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Against a float64 reference: bfloat16 outputs carry 2^-9 each, a wrong kernel is far above this.
 AGREEMENT = 3e-2
 # Copies of the inputs together exceed this, so that no call finds its inputs in the cache (an H200 has 50 MB of L2).
@@ -43,18 +42,6 @@ COLUMNS = {
 }
 
 
-# The operators of FFSD's step, those over the largest maps first; the others come after them.
-FIRST = (
-    "batch_norm_act",
-    "normalized_lp",
-    "attention_mse",
-    "deep_to_shallow",
-    "concat_fuse",
-    "concat_conv1x1",
-    "peer_kl_ce",
-    "diversity_target",
-    "augment",
-)
 # Of the time, for compiling by several processes before the first measurement.
 COMPILING = 0.4
 EVERY = 10  # seconds: as often the report is given while it grows
@@ -104,33 +91,6 @@ def run(options: argparse.Namespace) -> Iterator[Report]:
         yield report
     if failed:
         raise AssertionError("; ".join(failed))
-
-
-def planned(options: argparse.Namespace, device: torch.device) -> tuple[list[tuple[KernelCase, str]], int]:
-    """Cases and dtypes in the order of their value, large and low-precision maps first, and how many earlier runs had.
-
-    Raises:
-        InputError: no such operator or part.
-    """
-    every = cases()
-    known = {case.op for case in every}
-    for op in options.ops or ():
-        if op not in known:
-            raise unknown_name("operator", op, sorted(known))
-    dtypes = ["bfloat16"] if options.quick and device.type == "cuda" else list(DTYPES)
-    found = [(case, name) for case in every if case.quick or not options.quick for name in dtypes]
-    found = [(case, name) for case, name in found if case.op in (options.ops or known)]
-    found = part_of(sorted(found, key=_rank), options.part)
-    done = {(row["op"], row["shape"], row["dtype"]) for path in options.after or () for row in read(path)["rows"]}
-    left = [(case, name) for case, name in found if (case.op, case.shape, name) not in done]
-    return left, len(found) - len(left)
-
-
-def _rank(entry: tuple[KernelCase, str]) -> tuple:
-    case, name = entry
-    place = FIRST.index(case.op) if case.op in FIRST else len(FIRST)
-    small, other = not case.shape.startswith("imagenet"), "contiguous" in case.shape
-    return name != "bfloat16", place == len(FIRST), not case.quick, small, other, place
 
 
 def _into(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import profile_step
+from benchmarks import profile_step, profiling
 from benchmarks import trace_parts as parts
 from benchmarks.cases import Case
 from benchmarks.roofline import Rates
@@ -111,14 +111,14 @@ def test_the_table_adds_up_and_gaps_are_what_is_left():
 @pytest.fixture(scope="module")
 def engine():
     case = Case("resnet8", 2, 4, "off", CPU)
-    return profile_step.made(case, "loop", graphed=False, batches=3)
+    return profiling.made(case, "loop", graphed=False, batches=3)
 
 
 def test_a_real_step_is_marked_and_its_backward_found(engine):
     engine, start = engine
     start()
-    with profile_step.marked(engine):
-        trace = profile_step.traced(lambda: engine.run(0), CPU)
+    with profiling.marked(engine):
+        trace = profiling.traced(lambda: engine.run(0), CPU)
     where = parts.places(trace, ("cpu_op",))
     events = trace["traceEvents"]
 
@@ -142,7 +142,7 @@ def test_bytes_and_products_of_convolutions_are_counted(engine):
 
 
 def test_counted_products_are_those_of_the_formula():
-    counter = profile_step.Counter()
+    counter = profiling.Counter()
     counter.phase = parts.NETWORKS
     x, weight = torch.ones(2, 3, 8, 8), torch.ones(4, 3, 3, 3)
     with counter:

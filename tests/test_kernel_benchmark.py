@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import kernels, run
+from benchmarks import kernel_plan, kernels, run
 from benchmarks.kernel_cases import KernelCase, cases
 from benchmarks.options import for_suite, make_parser
 from benchmarks.shares import part_of
@@ -30,7 +30,7 @@ def test_parts_cover_the_grid_once():
 @pytest.fixture
 def one_small_case(monkeypatch):
     (case,) = [c for c in cases(batch=2) if c.op == "feature_mse" and c.shape == "cifar deepest S=2 channels_last"]
-    monkeypatch.setattr(kernels, "cases", lambda: [case])
+    monkeypatch.setattr(kernel_plan, "cases", lambda: [case])
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     return case
 
@@ -65,22 +65,22 @@ def test_what_a_forward_changes_in_place_is_every_providers_own(monkeypatch):
         lambda tensors, backend: tensors[0] * tensors[1].mul_(1),
         quick=True,
     )
-    monkeypatch.setattr(kernels, "cases", lambda: [case])
+    monkeypatch.setattr(kernel_plan, "cases", lambda: [case])
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     assert run.main(["--suite", "kernels", "--quick", "--device", "cpu"]) == 0
 
 
 def entries(*arguments):
     options = for_suite(make_parser("").parse_args(["--suite", "kernels", *arguments]), "kernels")
-    found, skipped = kernels.planned(options, torch.device("cuda"))
+    found, skipped = kernel_plan.planned(options, torch.device("cuda"))
     return [(case.op, case.shape, name) for case, name in found], skipped
 
 
 def test_large_maps_of_ffsds_operators_come_first():
     every, _ = entries()
     assert len(every) == len(set(every)) == 2 * len(cases())
-    first = every[: len(kernels.FIRST)]
-    assert {op for op, _, _ in first} <= set(kernels.FIRST)
+    first = every[: len(kernel_plan.FIRST)]
+    assert {op for op, _, _ in first} <= set(kernel_plan.FIRST)
     assert all(shape.startswith("imagenet") and name == "bfloat16" for _, shape, name in first)
     assert {name for _, _, name in every[-len(cases()) :]} == {"float32"}
 
@@ -115,7 +115,7 @@ def test_a_wrong_case_costs_the_others_nothing(one_small_case, tmp_path, monkeyp
     wrong = dataclasses.replace(
         one_small_case, shape="wrong", call=lambda t, b: right(t, "reference") * (1 + (b != "reference"))
     )
-    monkeypatch.setattr(kernels, "cases", lambda: [wrong, one_small_case])
+    monkeypatch.setattr(kernel_plan, "cases", lambda: [wrong, one_small_case])
     with pytest.raises(AssertionError, match="wrong: fastfuse triton differs"):
         run.main(["--suite", "kernels", "--quick", "--device", "cpu", "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "kernels_1of1_quick_cpu.json").read_text())["rows"]
