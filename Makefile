@@ -5,7 +5,7 @@
 #   make test-all                       those and the long ones (no GPU)
 #   make test-oldest                    the tests of `make test` and all of the kernels on the oldest supported PyTorch
 #   make test-gpu                       the tests that need a GPU, in the interpreter at hand (PYTHON), installing nothing
-#   make gpu-check [OUT=DIR]            those, the sanitizer, and the short benchmark of the kernels
+#   make gpu-check [OUT=DIR]            those, the sanitizer, and the short benchmark of the kernels; builds the extension
 #   make bench                          time one training step, quick form
 #   make build                          compile the CUDA extension for this checkout (needs nvcc, no GPU)
 #   make docs                           the API's pages from its docstrings, into build/docs
