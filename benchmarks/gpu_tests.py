@@ -1,4 +1,4 @@
-"""The tests marked `gpu`: a process for each operator, several at once, and which operators are red after them."""
+"""The tests marked `gpu`: processes for each operator, many at once, and which operators are red after them."""
 
 import os
 import re
@@ -16,10 +16,10 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 # What tests call operators of another name by.
-ALIASES = {"attention_map": "attention_mse", "diversity": "diversity_target"}
+ALIASES = {"attention_map": "attention_mse", "diversity": "diversity_target", "peer_kl": "peer_kl_ce"}
 # One call of every kernel is enough for the sanitizer, which makes each a hundred times slower.
 SHORT = re.compile(r"(triton_equals|on_a_gpu).*\[(?=.*float32)(?=.*channels_last)")
-SANITIZERS = ("memcheck", "racecheck")
+MOST = 24  # tests of a process: one that takes long must not be the last
 
 
 @dataclass
@@ -46,11 +46,13 @@ def op_of(test: str, ops: Sequence[str]) -> str | None:
 
 
 def shards(tests: Sequence[str], ops: Sequence[str]) -> dict[str, list[str]]:
-    """Tests by operator, those of something else by file."""
+    """Tests by operator, those of something else by file, in pieces "NAME-1", "NAME-2" of MOST tests at most."""
     found: dict[str, list[str]] = {}
     for test in tests:
         found.setdefault(op_of(test, ops) or Path(test.partition("::")[0]).stem, []).append(test)
-    return found
+    return {
+        f"{name}-{i // MOST + 1}": own[i : i + MOST] for name, own in found.items() for i in range(0, len(own), MOST)
+    }
 
 
 def collected() -> list[str]:
@@ -116,8 +118,9 @@ def judged(
         if status and not bad:  # the sanitizer says so at the end of a process, not of a test
             bad[name] = f"exit status {status}"
         result.bad |= bad
-        if name in ops and any(not what.startswith("skipped") for what in bad.values()):
-            result.red.add(name)
+        op = name.rpartition("-")[0]
+        if op in ops and any(not what.startswith("skipped") for what in bad.values()):
+            result.red.add(op)
     return result
 
 

@@ -164,17 +164,21 @@ def test_a_failed_test_makes_its_operator_red(tmp_path, monkeypatch):
     assert reasons == {"attention_map of one]": "failure", "normalized_lp: p = 1]": "skipped"}
 
 
+def test_many_tests_of_one_operator_are_shared_out():
+    tests = [f"t.py::a[attention_mse {i}]" for i in range(gpu_tests.MOST + 1)]
+    pieces = gpu_tests.shards(tests, OPS)
+    assert [len(own) for own in pieces.values()] == [gpu_tests.MOST, 1]
+    assert [*pieces["attention_mse-1"], *pieces["attention_mse-2"]] == tests
+
+
 def test_what_was_not_heard_of_is_red():
-    groups = {
-        "attention_mse": ["t.py::a[attention_mse]"],
-        "normalized_lp": ["t.py::a[normalized_lp]"],
-        "t": ["t.py::b"],
-    }
-    statuses = {"attention_mse": None, "normalized_lp": -11, "t": 9}
-    result = gpu_tests.judged(groups, OPS, statuses, lambda name: {"t.py::b": "passed"} if name == "t" else {})
+    groups = gpu_tests.shards(["t.py::a[attention_mse]", "t.py::a[normalized_lp]", "t.py::b"], OPS)
+    statuses = {"attention_mse-1": None, "normalized_lp-1": -11, "t-1": 9}
+    assert groups.keys() == statuses.keys()
+    result = gpu_tests.judged(groups, OPS, statuses, lambda name: {"t.py::b": "passed"} if name == "t-1" else {})
     assert result.red == {"attention_mse", "normalized_lp"}
     assert result.bad["t.py::a[attention_mse]"] == "no time" and "-11" in result.bad["t.py::a[normalized_lp]"]
-    assert result.bad["t"] == "exit status 9", "the sanitizer's word about a process whose tests pass"
+    assert result.bad["t-1"] == "exit status 9", "the sanitizer's word about a process whose tests pass"
 
 
 @pytest.mark.parametrize(
@@ -182,6 +186,7 @@ def test_what_was_not_heard_of_is_red():
     [
         ("a.py::test_x[normalized_lp_joint, p = 2-channels_last-float32-cuda]", "normalized_lp"),
         ("a.py::test_x[attention_map of two widths-contiguous]", "attention_mse"),
+        ("a.py::test_x[peer_kl, averaged-float32]", "peer_kl_ce"),
         ("a.py::test_x[diversity_loss as published]", "diversity_target"),
         ("a.py::test_a_step_waits_for_nothing[ffsd-off-eager]", None),
         ("a.py::test_x", None),
