@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 # Run as a script, Python looks in this folder only: the package and its neighbour fastfuse lie one above.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,6 +30,7 @@ from benchmarks import gpu_tests
 from benchmarks.gpu_parts import CHECK, NAMES, PARTS, TIMES_OPERATORS, Part, allotted
 from benchmarks.gpu_summary import summary
 from fastfuse.errors import FastfuseError, InputError, unknown_name
+from fastfuse.train.files import write_atomic
 
 ARCHIVE, STATE, SUMMARY = "results.tar.gz", "state.json", "summary.txt"
 OVER = "the time was over"
@@ -168,10 +169,13 @@ class Session:
 def pack(work: Path, out: Path) -> None:
     """All results as one file beside the summary, replaced as a whole."""
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=out, delete=False) as file, tarfile.open(fileobj=file, mode="w:gz") as packed:
-        for path in sorted(work.iterdir()):
-            packed.add(path, path.name)
-    os.replace(file.name, out / ARCHIVE)
+
+    def write(file: IO[bytes]) -> None:
+        with tarfile.open(fileobj=file, mode="w:gz") as packed:
+            for path in sorted(work.iterdir()):
+                packed.add(path, path.name)
+
+    write_atomic(out / ARCHIVE, write)
     shutil.copy(work / SUMMARY, out / SUMMARY)
 
 
