@@ -5,7 +5,7 @@ import torch
 
 from fastfuse import functional
 from fastfuse.errors import BackendUnavailableError
-from fastfuse.kernels.attention_mse import closed_form, triton_kernels, triton_maps
+from fastfuse.kernels.attention_mse import closed_form, triton_kernels
 from fastfuse.testing import assert_within_budget, relative_l2
 from tests.kernels.pairs import (
     ATTENTION,
@@ -57,7 +57,7 @@ def test_equals_the_reference(inputs, targets, formats, reduction, dtype, nan_fi
 @pytest.mark.parametrize("formats", [(), (LAST,) * 4], ids=["contiguous", "channels_last"])
 def test_several_tiles_of_channels_and_positions(formats, monkeypatch, nan_filled):
     monkeypatch.setattr(triton_kernels, "TILE", 16)
-    monkeypatch.setattr(triton_maps, "LONG_SIDE", 4)
+    monkeypatch.setattr(triton_kernels, "LONG_SIDE", 4)
     monkeypatch.setattr(triton_kernels, "REDUCE_BLOCK", 2)
     agree(ATTENTION, maps((3, 7, 3, 3), (3, 5, 4, 4), (3, 9, 3, 3), (3, 2, 4, 4), formats=formats))
 

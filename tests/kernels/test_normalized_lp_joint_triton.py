@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from fastfuse import functional
-from fastfuse.kernels.attention_mse import triton_maps
 from fastfuse.kernels.normalized_lp import triton_joint
 from tests.kernels.pairs import BF16, DEEP, HALF, JOINT, LAST, SINGLE, X, agree, evaluate, maps
 
@@ -42,7 +41,7 @@ def test_equals_the_reference(shapes, formats, reduction, dtype, p, nan_filled):
 def test_many_tiles(p, formats, monkeypatch, nan_filled):
     """Several tiles along channels and positions, more than the combining kernel takes at once."""
     monkeypatch.setattr(triton_joint, "TILE", 16)
-    monkeypatch.setattr(triton_maps, "LONG_SIDE", 4)
+    monkeypatch.setattr(triton_joint, "LONG_SIDE", 4)
     for name in ("COMBINE_BLOCK", "MAP_BLOCK", "REDUCE_BLOCK"):
         monkeypatch.setattr(triton_joint, name, 2)
     agree(JOINT[p], maps((3, 6, 5, 4), (3, 9, 3, 3), (3, 6, 5, 4), (3, 9, 3, 3), formats=formats))
