@@ -1,5 +1,6 @@
 """Work that several processes share: parts of a list, and compilation by many before one of them measures."""
 
+import os
 import subprocess
 import time
 from collections.abc import Sequence
@@ -29,7 +30,9 @@ def compile_together(command: Sequence[str], jobs: int, seconds: float) -> None:
 
     What is not ready after so many seconds is left to whoever needs it.
     """
-    running = [subprocess.Popen([*command, "--compile", f"{i + 1}/{jobs}"]) for i in range(jobs)]
+    # Each compiles in its own thread: torch.compile would start a process for every core in each of them.
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    running = [subprocess.Popen([*command, "--compile", f"{i + 1}/{jobs}"], env=environment) for i in range(jobs)]
     end = time.monotonic() + seconds
     for process in running:
         try:

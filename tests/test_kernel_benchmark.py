@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import sys
+import time
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from benchmarks import kernel_plan, kernels, run
 from benchmarks.kernel_cases import KernelCase, cases
 from benchmarks.options import for_suite, make_parser
-from benchmarks.shares import part_of
+from benchmarks.shares import compile_together, part_of
 
 
 def test_every_op_has_a_cifar_and_an_imagenet_case_in_the_short_list():
@@ -91,6 +93,13 @@ def test_what_an_earlier_run_measured_is_left_out(tmp_path):
     rows = [dict(zip(("op", "shape", "dtype"), every[0], strict=True))]
     file.write_text(json.dumps({"settings": {}, "environment": {}, "rows": rows}))
     assert entries("--ops", "augment", "--after", str(file)) == (every[1:], 1)
+
+
+def test_shares_are_compiled_at_once_and_those_that_hang_are_ended(tmp_path):
+    program = f"import pathlib, sys, time; pathlib.Path({str(tmp_path)!r}, sys.argv[2][0]).touch(); time.sleep(60)"
+    began = time.monotonic()
+    compile_together([sys.executable, "-c", program], 2, 6)
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2"} and time.monotonic() - began < 30
 
 
 def test_an_operator_that_does_not_exist_is_refused(capsys):
