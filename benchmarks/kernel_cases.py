@@ -74,7 +74,17 @@ def cases(*, batch: int | None = None) -> list[KernelCase]:
     for name, (stages, own) in NETWORKS.items():
         network = Network(name, stages, own if batch is None else batch)
         for last in (False, True):
-            for family in (_distances, _students, _norms, _fusion, _groups, _diversity, _transforms, _augment):
+            for family in (
+                _distances,
+                _students,
+                _norms,
+                _fusion,
+                _convolutions,
+                _groups,
+                _diversity,
+                _transforms,
+                _augment,
+            ):
                 found += family(network, last)
         found += _heads(network)
     return found
@@ -155,6 +165,23 @@ def _fusion(network: Network, last: bool) -> Iterator[KernelCase]:
         yield network.case("concat_fuse", name, alone, inputs.fuse, quick, last=last)
 
 
+def _convolutions(network: Network, last: bool) -> Iterator[KernelCase]:
+    """Two students' and the leader's: inside of every stage, and from each stage to the next with its shortcut."""
+    for stage, following in zip(network.stages, [*network.stages[1:], None], strict=True):
+        layers = [(stage[0], 3, 1)]
+        if following is not None and last:
+            layers += [(following[0], 3, 2), (following[0], 1, 2)]
+        for outputs, kernel, stride in layers[: 3 if last or stage == network.shallow else 0]:
+            name = f"{stage[0]} to {outputs} at {stage[1]}, {kernel}x{kernel}, stride {stride}, S=3"
+            made = inputs.stacked_weight(stage, outputs, kernel, 3, network.batch, last)
+            quick = last and stage == network.shallow and stride == 1
+            yield network.case("grouped_conv", name, made, inputs.convolution(3, stride), quick, last=last)
+    if last:
+        made = inputs.stacked_weight(network.shallow, network.shallow[0], 3, 9, network.batch, last)
+        name = f"{network.shallow[0]} to {network.shallow[0]} at {network.shallow[1]}, 3x3, stride 1, S=9"
+        yield network.case("grouped_conv", name, made, inputs.convolution(9, 1), False, last=last)
+
+
 def _groups(network: Network, last: bool) -> Iterator[KernelCase]:
     """As many maps as a group has blocks in WRN-28, ResNet-56 and ResNet-110."""
 
@@ -207,3 +234,6 @@ def _heads(network: Network) -> Iterator[KernelCase]:
         made = inputs.logits(CLASSES[network.name], students + 2, network.batch)
         yield network.case("peer_kl_ce", f"S={students}", made, inputs.heads, students == 2)
         yield network.case("peer_kl_ce", f"S={students} smoothed and weighted", made, inputs.weighted_heads, False)
+
+
+FAMILIES = (_distances, _students, _norms, _convolutions, _fusion, _groups, _diversity, _transforms, _augment)

@@ -40,6 +40,26 @@ def product(tensors: Sequence[Tensor], backend: str) -> Tensor:
     return functional.concat_conv1x1(tensors[:-1], tensors[-1], backend=backend)
 
 
+def stacked_weight(
+    shape: tuple[int, int], outputs: int, kernel: int, networks: int, batch: int, channels_last: bool
+) -> Callable:
+    """The stacked map of several networks, and the weight of a convolution of each."""
+    given = maps([(networks * shape[0], shape[1])], batch, channels_last, gradients=1)
+    size = networks * outputs, shape[0], kernel, kernel
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def make(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        weight = normal(size, device, dtype, False).contiguous(memory_format=memory_format)
+        return [*given(device, dtype), weight.requires_grad_()]
+
+    return make
+
+
+def convolution(networks: int, stride: int) -> Call:
+    """Convolutions of networks side by side."""
+    return lambda t, backend: functional.grouped_conv(t[0], t[1], groups=networks, stride=stride, backend=backend)
+
+
 def affine(shape: tuple[int, int], students: int, batch: int, channels_last: bool) -> Callable:
     """Students' maps, the weight of a 1x1 product of them, and what a norm does to their channels."""
     given = with_weight(shape, students, batch, channels_last)

@@ -18,6 +18,7 @@ from fastfuse.kernels.deep_to_shallow.op import Stage, deep_to_shallow
 from fastfuse.kernels.diversity_target.op import diversity, diversity_loss, diversity_target
 from fastfuse.kernels.feature_kl.op import feature_kl
 from fastfuse.kernels.feature_mse.op import feature_mse
+from fastfuse.kernels.grouped_conv.op import grouped_conv
 from fastfuse.kernels.normalized_lp.op import FeatureAttention, normalized_lp, normalized_lp_joint
 from fastfuse.kernels.peer_kl_ce.op import ENSEMBLE, PeerKlCe, peer_kl, peer_kl_ce
 
@@ -46,6 +47,7 @@ __all__ = [
     "diversity_target",
     "feature_kl",
     "feature_mse",
+    "grouped_conv",
     "in_step",
     "normalize",
     "normalized_lp",

@@ -16,5 +16,6 @@ import fastfuse.kernels.deep_to_shallow.op
 import fastfuse.kernels.diversity_target.op
 import fastfuse.kernels.feature_kl.op
 import fastfuse.kernels.feature_mse.op
+import fastfuse.kernels.grouped_conv.op
 import fastfuse.kernels.normalized_lp.op
 import fastfuse.kernels.peer_kl_ce.op

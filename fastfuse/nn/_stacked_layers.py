@@ -33,7 +33,8 @@ def convolution(layer: nn.Conv2d, *, networks: int, images: int = 0) -> nn.Conv2
             each of which serves as many networks: to those the layer is one dense convolution.
     """
     given: Any = layer  # whose sizes are pairs, and are typed as tuples of any length
-    return nn.Conv2d(
+    made = StackedConv if StackedConv.serves(layer) and not images else nn.Conv2d
+    return made(
         layer.in_channels * (images or networks),
         layer.out_channels * networks,
         given.kernel_size,
@@ -45,6 +46,22 @@ def convolution(layer: nn.Conv2d, *, networks: int, images: int = 0) -> nn.Conv2
         layer.padding_mode,
         device="meta",
     )
+
+
+class StackedConv(nn.Conv2d):
+    """A convolution of stacked maps by the op `grouped_conv`, which takes what was measured to be the fastest."""
+
+    @staticmethod
+    def serves(layer: nn.Conv2d) -> bool:
+        """Whether a convolution is one that the op computes."""
+        side = layer.kernel_size[0]
+        ordinary = layer.bias is None and layer.padding_mode == "zeros" and layer.dilation == (1, 1)
+        halved = layer.kernel_size == (side, side) and side % 2 == 1 and layer.padding == (side // 2, side // 2)
+        return ordinary and halved and layer.stride[0] == layer.stride[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, S C_in, H, W] to [N, S C_out, H', W']."""
+        return functional.grouped_conv(x, self.weight, groups=self.groups, stride=self.stride[0])
 
 
 class StackedNorm(nn.BatchNorm2d):

@@ -247,6 +247,18 @@ CASES = [
         ((1, 3, 5, 7), (2, 3, 1, 1), (3,), (3,)),
         is_loss=False,
     ),
+    OpCase(
+        "grouped_conv of two networks",
+        lambda x, w: functional.grouped_conv(x, w, groups=2, stride=2),
+        ((2, 6, 5, 4), (4, 3, 3, 3)),
+        is_loss=False,
+    ),
+    OpCase(
+        "grouped_conv of a shortcut, a batch of one",
+        lambda x, w: functional.grouped_conv(x, w, groups=3, stride=2),
+        ((1, 6, 5, 3), (3, 2, 1, 1)),
+        is_loss=False,
+    ),
     OpCase("concat_fuse on batch statistics", fuse(True, True), FUSED, is_loss=False),
     OpCase("concat_fuse on running statistics", fuse(False, False), FUSED, is_loss=False),
     OpCase("concat_fuse, the first norm frozen", fuse(False, True), FUSED, is_loss=False),

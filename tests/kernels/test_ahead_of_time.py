@@ -14,7 +14,7 @@ from fastfuse.kernels import _dispatch
 # Shared memory that one block may have, in bytes (CUDA programming guide, compute capabilities 8.0, 9.0, 10.0).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 PROGRAM = Path(__file__).with_name("ahead_of_time.py")
-MATRIX_OPS = {"concat_conv1x1", "concat_fuse", "deep_to_shallow"}
+MATRIX_OPS = {"concat_conv1x1", "concat_fuse", "deep_to_shallow", "grouped_conv"}
 OPS = {case.op for case in cases()}
 WITH_TRITON = sorted(op for op in OPS if "no triton kernel" not in (_dispatch.why_not(op, "triton") or ""))
 

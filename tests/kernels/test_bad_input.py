@@ -40,6 +40,10 @@ def norm_act(x=X, channels=3, training=False, **options):
     return ff.batch_norm_act(x, norm(channels)._replace(training=training), **options)
 
 
+def convolve(x=X, weight=None, groups=1, **options):
+    return ff.grouped_conv(x, maps(2, 3, 3, 3) if weight is None else weight, groups=groups, **options)
+
+
 def peers(logits=LOGITS, labels=LABELS, temperature=2.0, **options):
     return ff.peer_kl_ce(logits, labels, temperature=temperature, **options)
 
@@ -201,6 +205,26 @@ NORMED = [
     refused("no network", lambda: norm_act(attention_groups=0), "attention_groups must divide the 3 channels"),
     refused("networks of other width", lambda: norm_act(attention_groups=2), "attention_groups must divide the 3"),
 ]
+CONVOLUTION = [
+    refused("a map of integers", lambda: convolve(INTEGERS), "x must be a floating-point", TypeError),
+    refused("rows", lambda: convolve(maps(2, 3)), "x must have 4 dimensions"),
+    refused("a weight elsewhere", lambda: convolve(weight=maps(2, 3, 3, 3, device="meta")), "weight is on meta"),
+    refused("no group", lambda: convolve(groups=0), "groups must be at least 1, not 0"),
+    refused("no stride", lambda: convolve(stride=0), "stride must be at least 1, not 0"),
+    refused("an even kernel", lambda: convolve(weight=maps(2, 3, 2, 2)), "a square kernel of odd size"),
+    refused("an oblong kernel", lambda: convolve(weight=maps(2, 3, 3, 1)), "a square kernel of odd size"),
+    refused("channels that do not divide", lambda: convolve(groups=2), "does not fit x [2, 3, 4, 4] in 2 groups"),
+    refused("a weight of other channels", lambda: convolve(weight=maps(2, 4, 3, 3)), "in 1 groups: it must be"),
+    refused(
+        "outputs that do not divide", lambda: convolve(maps(2, 6, 4, 4), maps(3, 3, 3, 3), groups=2), "in 2 groups"
+    ),
+    refused(
+        "another dtype without autocast",
+        lambda: convolve(weight=maps(2, 3, 3, 3, dtype=torch.float16), backend="triton"),
+        "weight is torch.float16, x torch.float32; convert one of them or use autocast",
+        TypeError,
+    ),
+]
 FEATURES = [
     refused("no student", lambda: ff.feature_mse([], X), "features must hold at least one"),
     refused("a target missing", lambda: ff.feature_mse([X, X, X], [X, X]), "one target, or one for each of 3"),
@@ -235,7 +259,7 @@ FEATURES = [
 
 @pytest.mark.parametrize(
     ("call", "message", "error"),
-    [*ATTENTION, *NORMALIZED_LP, *DIVERSITY, *PEERS, *FUSION, *TRANSFORM, *NORMED, *FEATURES],
+    [*ATTENTION, *NORMALIZED_LP, *DIVERSITY, *PEERS, *FUSION, *TRANSFORM, *CONVOLUTION, *NORMED, *FEATURES],
 )
 def test_refused_with_the_argument_named(call, message, error):
     with pytest.raises(error, match=re.escape(message)) as caught:

@@ -50,6 +50,7 @@ CALLS = {
     ],
     "batch_norm_act": [lambda **b: functional.batch_norm_act(X, NORMS[0], **b)],
     "feature_mse": [lambda **b: functional.feature_mse([X], X, **b)],
+    "grouped_conv": [lambda **b: functional.grouped_conv(X, torch.ones(2, 3, 3, 3), groups=1, **b)],
     "feature_kl": [lambda **b: functional.feature_kl([X], X, temperature=2.0, **b)],
     "augment": [
         lambda **b: functional.augment(

@@ -10,8 +10,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastfuse import functional, models
+from fastfuse.kernels import _dispatch
 from fastfuse.nn import Networks, stack, unstack
-from tests.nn.stacking import CLASSES, check_equal, members, same, tensors, untidy
+from fastfuse.testing import assert_within_budget
+from tests.nn.stacking import CLASSES, check_equal, gradients, members, same, tensors, untidy
 
 CHANNELS_LAST = torch.channels_last
 
@@ -57,6 +59,27 @@ def test_variations_equal_the_loop(model, options, batch, size):
 @pytest.mark.parametrize("model", ["resnet20", "wrn16_2", "resnet34"])
 def test_a_real_depth_equals_the_loop(model):
     check_equal(members(model, 3), images(5, 32))
+
+
+@pytest.mark.long
+def test_stacked_convolutions_and_norms_run_on_the_kernels(monkeypatch):
+    """Every convolution but the first, dense one is one of grouped_conv: outputs and gradients within the budget."""
+    loop, x = members("resnet8", 2), images(3, 4, channels_last=True)
+    launched, fwd = [], torch.ops.fastfuse.grouped_conv_fwd
+    monkeypatch.setattr(torch.ops.fastfuse, "grouped_conv_fwd", lambda *a: launched.append(a[1].shape) or fwd(*a))
+    found = {}
+    for key, backend, dtype in (
+        ("ours", "triton", torch.float32), ("eager", "reference", torch.float32), ("truth", "reference", torch.float64)
+    ):  # fmt: skip
+        monkeypatch.setattr(_dispatch, "_process_default", backend)
+        grouped = copy.deepcopy(loop).to(dtype, memory_format=CHANNELS_LAST)
+        grouped.arrange("grouped")
+        outputs = tensors(grouped(x.to(dtype)))
+        sum(y.double().square().mean() for y in outputs).backward()
+        found[key] = [*outputs, *gradients(grouped).values()]
+    assert len(launched) == 8, launched
+    flat = [torch.cat([y.flatten() for y in found[key]]) for key in ("ours", "truth", "eager")]
+    assert_within_budget(*flat)
 
 
 @pytest.mark.parametrize("replicas", [2, 3])
