@@ -29,6 +29,7 @@ class KernelCase:
         make: fresh random tensors on a device in a dtype; those that require a gradient get one in the backward.
         call: runs the operator on them through a backend.
         quick: part of the short list.
+        kind: of the operator's calls, where each kind may have a fastest backend of its own.
     """
 
     op: str
@@ -36,6 +37,7 @@ class KernelCase:
     make: Callable[[torch.device, torch.dtype], list[Tensor]]
     call: Call
     quick: bool
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,12 @@ class Network:
         return inputs.maps(shapes, self.batch, last, gradients=gradients)
 
     def case(
-        self, op: str, shape: str, make: Callable, call: Call, quick: bool, *, last: bool | None = None
-    ) -> KernelCase:
+        self, op: str, shape: str, make: Callable, call: Call, quick: bool, *, last: bool | None = None,
+        kind: str = "",
+    ) -> KernelCase:  # fmt: skip
         """A case named after this network and, where it matters, after the memory format."""
         layout = [] if last is None else ["channels_last" if last else "contiguous"]
-        return KernelCase(op, " ".join([self.name, *([shape] if shape else []), *layout]), make, call, quick)
+        return KernelCase(op, " ".join([self.name, *([shape] if shape else []), *layout]), make, call, quick, kind)
 
 
 def cases(*, batch: int | None = None) -> list[KernelCase]:
@@ -167,19 +170,18 @@ def _fusion(network: Network, last: bool) -> Iterator[KernelCase]:
 
 def _convolutions(network: Network, last: bool) -> Iterator[KernelCase]:
     """Two students' and the leader's: inside of every stage, and from each stage to the next with its shortcut."""
-    for stage, following in zip(network.stages, [*network.stages[1:], None], strict=True):
-        layers = [(stage[0], 3, 1)]
-        if following is not None and last:
-            layers += [(following[0], 3, 2), (following[0], 1, 2)]
-        for outputs, kernel, stride in layers[: 3 if last or stage == network.shallow else 0]:
-            name = f"{stage[0]} to {outputs} at {stage[1]}, {kernel}x{kernel}, stride {stride}, S=3"
-            made = inputs.stacked_weight(stage, outputs, kernel, 3, network.batch, last)
-            quick = last and stage == network.shallow and stride == 1
-            yield network.case("grouped_conv", name, made, inputs.convolution(3, stride), quick, last=last)
-    if last:
-        made = inputs.stacked_weight(network.shallow, network.shallow[0], 3, 9, network.batch, last)
-        name = f"{network.shallow[0]} to {network.shallow[0]} at {network.shallow[1]}, 3x3, stride 1, S=9"
-        yield network.case("grouped_conv", name, made, inputs.convolution(9, 1), False, last=last)
+    for i, stage in enumerate(network.stages if last else network.stages[:1]):
+        layers = [(stage[0], 3, 1, 3)]
+        if last and i == 0:
+            layers.append((stage[0], 3, 1, 9))
+        if last and i + 1 < len(network.stages):
+            layers += [(network.stages[i + 1][0], 3, 2, 3), (network.stages[i + 1][0], 1, 2, 3)]
+        for outputs, kernel, stride, students in layers:
+            kind = f"{stage[0]} to {outputs}, {kernel}x{kernel}, stride {stride}"
+            made = inputs.stacked_weight(stage, outputs, kernel, students, network.batch, last)
+            call, quick = inputs.convolution(students, stride), last and i == 0 and (stride, students) == (1, 3)
+            name = f"{kind} at {stage[1]}, S={students}"
+            yield network.case("grouped_conv", name, made, call, quick, last=last, kind=kind)
 
 
 def _groups(network: Network, last: bool) -> Iterator[KernelCase]:

@@ -10,8 +10,9 @@ from benchmarks.shares import part_of
 from fastfuse.errors import unknown_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# The operators of FFSD's step, those over the largest maps first; the others come after them.
+# The operators of FFSD's step: its convolutions, then those over the largest maps first; the others come after them.
 FIRST = (
+    "grouped_conv",
     "batch_norm_act",
     "normalized_lp",
     "attention_mse",

@@ -179,6 +179,7 @@ def _measure(
             row: dict[str, Value] = {
                 "op": case.op,
                 "shape": case.shape,
+                "kind": case.kind,
                 "dtype": name,
                 "mode": mode,
                 "provider": provider,

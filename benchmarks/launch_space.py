@@ -42,10 +42,16 @@ _PAIRS = {"TILE": (2048, 4096, 16384), "WARPS": (4, 16), "LONG_SIDE": (64, 256)}
 _JOINT = {"TILE": (1024, 4096), "WARPS": (2, 8), "LONG_SIDE": (64, 256)}
 _DISTANCE = {"TILE": (2048, 8192), "WARPS": (2, 8)}
 _TILE = {"ROWS": (32, 128), "COLUMNS": (32, 128), "DEPTH": (16, 64), "STAGES": (2, 4), "WARP_ELEMENTS": (256, 1024)}
+_CONV = {"ROWS": (64, 256), "COLUMNS": (32, 128), "DEPTH": (16, 32), "STAGES": (2, 4), "WARP_ELEMENTS": (512, 2048)}
 _PRODUCT = {"INNER": (16, 64), "WARPS": (4,), "STAGES": (2, 4)}
 _BLOCKS = ("shallowest S=2", "shallowest S=2 + x")
 _CHAIN, _ATTENTION = "two transforms, all stages", "two transforms, attention"
 _WALK = {"MAP_TILE": (1024, 4096), "WARPS": (4, 16)}
+_CONVOLUTION = (
+    "64 to 64, 3x3, stride 1 at 56, S=3",
+    "16 to 16, 3x3, stride 1 at 32, S=3",
+    "32 to 32, 3x3, stride 1 at 16, S=3",
+)
 _FUSION = ("deepest S=2 and mirror",)
 _LP, _BOTH = ("all stages p=2",), ("with attention p=2",)
 
@@ -73,6 +79,12 @@ SEARCHES = (
     Search(
         "concat_conv1x1_bwd_weight", "concat_conv1x1", "backward", ("deepest S=2",),
         {"OUTPUTS": (32, 128), "CHANNELS": (32, 128), **_PRODUCT},
+    ),
+    Search("grouped_conv_fwd", "grouped_conv", "forward", _CONVOLUTION, _CONV),
+    Search("grouped_conv_bwd_input", "grouped_conv", "backward", _CONVOLUTION, _CONV),
+    Search(
+        "grouped_conv_bwd_weight", "grouped_conv", "backward", _CONVOLUTION,
+        {"ROWS": (32, 128), "COLUMNS": (32, 128), "DEPTH": (32, 128), "STAGES": (2, 4), "PROGRAMS": (132, 528)},
     ),
     Search("normalized_lp_fwd", "normalized_lp", "forward", _LP, _DISTANCE),
     Search("normalized_lp_bwd", "normalized_lp", "backward", _LP, _DISTANCE),

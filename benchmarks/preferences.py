@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import report
 from fastfuse.errors import FastfuseError, InputError
+from fastfuse.kernels import _dispatch
 from fastfuse.kernels._dispatch import PREFERENCES
 from fastfuse.train.files import write_atomic
 
@@ -22,7 +23,9 @@ PREFIX = "fastfuse "
 
 
 def rows(saved: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By op, the backend with the smaller sum of medians over all shapes, dtypes and modes that every backend ran.
+    """By op, or kind of its calls, the backend with the smallest sum of medians over what every backend ran.
+
+    The reference is one of them where the op prefers it to its kernels.
 
     Args:
         saved: the JSON files that `--out` wrote, of one device.
@@ -35,10 +38,14 @@ def rows(saved: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     if len({own["environment"]["device_key"] for own in saved}) != 1:
         raise InputError("the reports are of several devices: give those of one")
     times: dict[str, dict[tuple[str, ...], dict[str, float]]] = {}
-    for row in (row for own in saved for row in own["rows"] if row["provider"].startswith(PREFIX)):
+    for row in (row for own in saved for row in own["rows"]):
         case = row["shape"], row["dtype"], row["mode"]
         backend = row["provider"].removeprefix(PREFIX)
-        times.setdefault(row["op"], {}).setdefault(case, {})[backend] = row["median_us"]
+        if row["provider"] == backend and backend != next(iter(_dispatch.backends(row["op"]))):
+            continue  # the reference or the compiler, which this op does not take by itself
+        times.setdefault(f"{row['op']} {row.get('kind', '')}".strip(), {}).setdefault(case, {})[backend] = row[
+            "median_us"
+        ]
     found = {}
     for op, cases in times.items():
         backends = {backend for measured in cases.values() for backend in measured}

@@ -17,6 +17,7 @@ MARK = "part: "
 # Our operators, by what they are in FFSD's step.
 OPERATORS = {
     "augment": "augmentation",
+    "grouped_conv": "convolutions",
     "batch_norm_act": "batch norm",
     "concat_fuse": "fusion and trans-fusion",
     "concat_conv1x1": "fusion and trans-fusion",

@@ -36,6 +36,25 @@ def test_the_smaller_sum_over_what_all_have_run_wins():
     assert found == {"attention_mse": {"backend": "cuda", "microseconds": sums, "commit": "abc"}}
 
 
+def test_kinds_of_calls_have_rows_of_their_own_and_torchs_convolution_is_one_of_the_backends(tmp_path, monkeypatch):
+    """grouped_conv prefers the reference: of narrow layers the kernels were faster, of wide ones they were not."""
+    narrow, wide = ({"kind": f"{width} to {width}, 3x3, stride 1"} for width in (16, 64))
+    times = [(narrow, TRITON, 3.0), (narrow, EAGER, 9.0), (wide, TRITON, 30.0), (wide, EAGER, 10.0)]
+    found = preferences.rows([report(*(row("grouped_conv", provider, t) | kind for kind, provider, t in times))])
+    assert {key: own["backend"] for key, own in found.items()} == {
+        "grouped_conv 16 to 16, 3x3, stride 1": "triton", "grouped_conv 64 to 64, 3x3, stride 1": "reference",
+    }  # fmt: skip
+    monkeypatch.setattr(_dispatch, "preferences", lambda: {GPU: found})
+    monkeypatch.setattr(_dispatch, "_process_default", "auto")
+    monkeypatch.setattr(_dispatch, "_gpu_name", lambda device: GPU)
+    monkeypatch.setitem(_dispatch._ops, "grouped_conv", {"reference": None, "triton": lambda tensor: None})
+    chosen = {
+        width: _dispatch.resolve("grouped_conv", "auto", Placed(0), kind=f"{width} to {width}, 3x3, stride 1")
+        for width in (16, 32, 64)
+    }
+    assert chosen == {16: "triton", 32: "reference", 64: "reference"}
+
+
 @pytest.mark.parametrize(
     ("reports", "said"),
     [
@@ -96,4 +115,4 @@ def test_a_file_that_is_no_report(tmp_path, capsys):
 def test_the_committed_table_names_backends_that_ops_have():
     for ops in _dispatch.preferences().values():
         for op, row in ops.items():
-            assert row["backend"] in _dispatch._ops[op] and len(row["microseconds"]) > 1
+            assert row["backend"] in _dispatch.backends(op.split()[0]) and len(row["microseconds"]) > 1

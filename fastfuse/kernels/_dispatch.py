@@ -19,7 +19,7 @@ from torch import Tensor
 from fastfuse.errors import BackendUnavailableError, unknown_name
 
 BACKENDS = ("reference", "triton", "cuda")
-# device name -> op -> {"backend", "microseconds" by backend, "commit"}; written by benchmarks/preferences.py.
+# device name -> op, or "op kind" -> {"backend", "microseconds" by backend, "commit"}, by benchmarks/preferences.py.
 PREFERENCES = Path(__file__).with_name("preferences.json")
 
 # op -> backend -> a function that says why the backend cannot serve a tensor, or this machine at all (None: it can).
@@ -44,6 +44,13 @@ def ops() -> tuple[str, ...]:
     return tuple(sorted(_ops))
 
 
+def backends(op: str) -> tuple[str, ...]:
+    """Those of an op, the preferred one first."""
+    if op not in _ops:
+        raise unknown_name("op", op, _ops)
+    return tuple(_ops[op])
+
+
 def why_not(op: str, backend: str, tensor: Tensor | None = None) -> str | None:
     """Why a backend cannot serve an op for such a tensor, or on this machine at all; None if it can."""
     if op not in _ops:
@@ -56,8 +63,14 @@ def why_not(op: str, backend: str, tensor: Tensor | None = None) -> str | None:
     return None if reason is None else reason(tensor)
 
 
-def resolve(op: str, backend: str = "auto", tensor: Tensor | None = None) -> str:
+def resolve(op: str, backend: str = "auto", tensor: Tensor | None = None, *, kind: str = "") -> str:
     """The name of the backend that serves a call on tensors like the one given.
+
+    Args:
+        op: its name.
+        backend: one of BACKENDS, or "auto".
+        tensor: one of the call; without it, what holds for this machine.
+        kind: of call, where one op has several whose fastest backends may differ.
 
     Raises:
         BackendUnavailableError: an explicit backend cannot serve; the text says why.
@@ -73,7 +86,7 @@ def resolve(op: str, backend: str = "auto", tensor: Tensor | None = None) -> str
         if tensor is not None and tensor.device.type == "cpu":
             return "reference"
         if tensor is not None and tensor.device.type == "cuda":
-            measured = _measured(op, tensor.device.index)
+            measured = _measured(f"{op} {kind}".strip(), tensor.device.index)
             if measured is not None and why_not(op, measured, tensor) is None:
                 return measured
         return next(name for name in _ops[op] if why_not(op, name, tensor) is None)
@@ -85,7 +98,7 @@ def resolve(op: str, backend: str = "auto", tensor: Tensor | None = None) -> str
 # A constant to torch.compile, which cannot trace how it is found.
 @constant_to_the_compiler
 def _measured(op: str, device: int | None) -> str | None:
-    """The backend that was measured to be the fastest for an op on a GPU."""
+    """The backend that was measured to be the fastest for an op, or a kind of its calls, on a GPU."""
     row = preferences().get(_gpu_name(device), {}).get(op)
     return None if row is None else row["backend"]
 

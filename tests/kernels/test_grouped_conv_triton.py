@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 import torch
 
+from benchmarks.kernel_cases import cases
 from fastfuse import functional
 from fastfuse.kernels import _dispatch
 from fastfuse.kernels.grouped_conv import closed_form, triton_launch
@@ -144,6 +145,16 @@ def test_autocast_takes_the_map_in_half_and_leaves_the_weights_gradient_in_float
     assert [x.dtype for x in found] == [torch.float16, torch.float32, torch.float32]
     truth = evaluate(shape, draw(shape, torch.float64), "reference")
     assert all(relative_l2(a, b) <= 2e-3 for a, b in zip(found, truth, strict=True))
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0][:-1], SHAPES[2][:-1]], ids=["3x3", "1x1"])
+def test_the_backend_is_asked_for_by_the_kind_of_layer(shape, monkeypatch):
+    """As benchmarks/kernel_cases.py names it: layers of other widths may be faster by other backends."""
+    asked, resolve = [], _dispatch.resolve
+    monkeypatch.setattr(_dispatch, "resolve", lambda *a, kind: asked.append(kind) or resolve(*a, kind=kind))
+    evaluate(shape, draw(shape, torch.float32), "auto")
+    assert asked == [f"{shape[1]} to {shape[2]}, {shape[3]}x{shape[3]}, stride {shape[4]}"]
+    assert "16 to 32, 3x3, stride 2" in {case.kind for case in cases() if case.op == "grouped_conv"}
 
 
 def test_torchs_own_is_preferred_until_these_kernels_were_measured_to_be_faster():

@@ -22,7 +22,7 @@ def grouped_conv(x: Tensor, weight: Tensor, *, groups: int, stride: int = 1, bac
         groups: G, the number of networks.
         stride: of rows and columns.
         backend: "auto", "reference", "triton" or "cuda". "auto" is torch's own convolution unless these kernels were
-            measured to be faster on this GPU.
+            measured to be faster on this GPU for such a layer.
 
     Returns:
         [B, G C_out, ceil(H / stride), ceil(W / stride)] in the format of x.
@@ -32,7 +32,9 @@ def grouped_conv(x: Tensor, weight: Tensor, *, groups: int, stride: int = 1, bac
         BackendUnavailableError: the backend asked for cannot serve here.
     """
     _check(x, weight, groups, stride)
-    if _dispatch.resolve("grouped_conv", backend, x) == "reference":
+    outputs, inputs, kernel, _ = weight.shape
+    kind = f"{inputs} to {outputs // groups}, {kernel}x{kernel}, stride {stride}"
+    if _dispatch.resolve("grouped_conv", backend, x, kind=kind) == "reference":
         return reference.grouped_conv(x, weight, groups, stride)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))

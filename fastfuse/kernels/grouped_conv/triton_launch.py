@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfuse.kernels._triton import map_strides
+from fastfuse.kernels._triton import launch_constants, map_strides
 from fastfuse.kernels.grouped_conv import layout
 from fastfuse.kernels.grouped_conv import triton_kernels as kernels
 
@@ -17,10 +17,10 @@ HALF_TILE, FLOAT_TILE = (128, 64, 64), (64, 32, 16)
 HALF_STAGES, FLOAT_STAGES = 3, 2
 WARP_ELEMENTS = 1024  # of a product's accumulator
 LEAST = 16  # side of a tile that tl.dot takes
-# The weight's gradient: taps and input channels of a tile, positions at a time.
-WEIGHT_ROWS, WEIGHT_POSITIONS = 64, 64
-# It sums over all positions: split until the device is filled twice, by shapes alone so that results are the same on
-# every GPU, and into no pieces smaller than this.
+# The weight's gradient: taps and input channels, output channels of a tile, and positions at a time.
+HALF_WEIGHT, FLOAT_WEIGHT = (64, 64, 64), (32, 32, 16)
+# It sums over all positions: split until the device is filled twice, by shapes and these constants alone, and into no
+# pieces smaller than this.
 PROGRAMS, LEAST_POSITIONS = 264, 512
 MERGE_BLOCK = 256
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -34,7 +34,7 @@ def launch_fwd(x: Tensor, weight: Tensor, groups: int, stride: int) -> Tensor:
     x, *x_strides = map_strides(x)
     weight, *w_strides = map_strides(weight)
     channels = weight.shape[0] // groups
-    tile, options = _tile(x.dtype, x_strides, channels, weight.shape[1])
+    tile, options = _tile("grouped_conv_fwd", x, channels, weight.shape[1])
     positions = out.shape[0] * out.shape[2] * out.shape[3]
     programs = triton.cdiv(positions, tile[0]) * triton.cdiv(channels, tile[1]) * groups
     kernels.grouped_conv_fwd_kernel[(programs,)](
@@ -50,7 +50,7 @@ def launch_bwd(
     """See `fastfuse::grouped_conv_bwd`."""
     of_map, of_weight = layout.empty_gradients(x, weight, needs)
     found = [y for y in (of_map, of_weight) if y is not None]
-    if grad.numel() == 0 or weight.shape[1] == 0:
+    if grad.numel() == 0 or weight.shape[1] == 0 or not found:
         return [y.zero_() for y in found]
     grad, *g_strides = map_strides(grad)
     weight, *w_strides = map_strides(weight)
@@ -60,7 +60,7 @@ def launch_bwd(
         partial = _weight_shares(grad, g_strides, x, groups, constants)
         splits, merges = partial.shape[0], triton.cdiv(weight.numel(), MERGE_BLOCK)
         v_strides = map_strides(of_weight)[1:]
-    tile, options = _tile(x.dtype, g_strides, outer, inner)
+    tile, options = _tile("grouped_conv_bwd_input", grad, outer, inner)
     height, width = (triton.cdiv(side, stride) for side in x.shape[2:])
     tiles = triton.cdiv(x.shape[0] * height * width, tile[0])
     programs = 0 if of_map is None else tiles * stride**2 * triton.cdiv(outer, tile[1]) * groups
@@ -76,19 +76,22 @@ def _weight_shares(grad: Tensor, g_strides: Sequence[int], x: Tensor, groups: in
     """Sums [splits, G, K K C_in, C_out] over shares of the positions, whose total is the weight's gradient."""
     x, *x_strides = map_strides(x)
     rows, columns = constants["KERNEL"] ** 2 * constants["CHANNELS_IN"], constants["CHANNELS_OUT"]
-    (_, block_n, _), options = _tile(x.dtype, x_strides, columns, LEAST)
-    block_m, block_k = WEIGHT_ROWS, WEIGHT_POSITIONS
-    if x.dtype == torch.float32:
-        block_m, block_k = WEIGHT_ROWS // 2, WEIGHT_POSITIONS // 4
+    single = x.dtype == torch.float32
+    most = FLOAT_WEIGHT if single else HALF_WEIGHT
+    own = launch_constants(
+        "grouped_conv_bwd_weight", x, ROWS=most[0], COLUMNS=most[1], DEPTH=most[2], PROGRAMS=PROGRAMS,
+        STAGES=FLOAT_STAGES if single else HALF_STAGES,
+    )  # fmt: skip
+    block_m, block_n, block_k = own.ROWS, _side(columns, own.COLUMNS), own.DEPTH
     blocks = triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n) * groups
     positions = grad.shape[0] * grad.shape[2] * grad.shape[3]
-    splits = min(triton.cdiv(PROGRAMS, blocks), max(positions // LEAST_POSITIONS, 1))
+    splits = min(triton.cdiv(own.PROGRAMS, blocks), max(positions // LEAST_POSITIONS, 1))
     steps = triton.cdiv(triton.cdiv(positions, splits), block_k)
     partial = torch.empty((splits, groups, rows, columns), dtype=torch.float32, device=x.device)
     kernels.grouped_conv_bwd_weight_kernel[(blocks * splits,)](
         x, grad, partial, groups, splits, steps, x.shape[0], tuple(x_strides), tuple(g_strides),
         **constants, PRECISION=_precise(x)["PRECISION"], **_sides((block_m, block_n, block_k)),
-        num_warps=4, num_stages=options["num_stages"],
+        num_warps=4, num_stages=own.STAGES,
     )  # fmt: skip
     return partial
 
@@ -113,19 +116,26 @@ def _precise(x: Tensor) -> dict[str, object]:
     return {"DTYPE": DTYPES[x.dtype], "PRECISION": "tf32" if tf32 and x.dtype == torch.float32 else "ieee"}
 
 
-def _tile(
-    dtype: torch.dtype, strides: Sequence[int], outer: int, inner: int
-) -> tuple[tuple[int, int, int], dict[str, int]]:
+def _tile(launch: str, read: Tensor, outer: int, inner: int) -> tuple[tuple[int, int, int], dict[str, int]]:
     """Positions, outer and inner channels of a tile, no more than there are, and launch options.
 
-    A map whose channels do not follow each other is loaded element by element, through registers: few at a time.
+    A map whose channels do not follow each other is read element by element, through registers: few at a time.
     """
-    single = dtype == torch.float32
-    rows, *most = FLOAT_TILE if single else HALF_TILE
-    inner = inner if strides[1] == 1 else LEAST
-    sides = [min(m, max(LEAST, triton.next_power_of_2(n))) for n, m in zip((outer, inner), most, strict=True)]
-    warps = min(max(4, rows * sides[0] // WARP_ELEMENTS), 8)
-    return (rows, *sides), {"num_warps": warps, "num_stages": FLOAT_STAGES if single else HALF_STAGES}
+    single = read.dtype == torch.float32
+    most = FLOAT_TILE if single else HALF_TILE
+    own = launch_constants(
+        launch, read, ROWS=most[0], COLUMNS=most[1], DEPTH=most[2], WARP_ELEMENTS=WARP_ELEMENTS,
+        STAGES=FLOAT_STAGES if single else HALF_STAGES,
+    )  # fmt: skip
+    depth = own.DEPTH if read.stride(1) == 1 else LEAST
+    tile = own.ROWS, _side(outer, own.COLUMNS), _side(inner, depth)
+    warps = min(max(4, tile[0] * tile[1] // own.WARP_ELEMENTS), 8)
+    return tile, {"num_warps": warps, "num_stages": own.STAGES}
+
+
+def _side(channels: int, most: int) -> int:
+    """Of a tile: a power of two that holds the channels, as far as it may."""
+    return min(most, max(LEAST, triton.next_power_of_2(channels)))
 
 
 def _sides(tile: Sequence[int]) -> dict[str, int]:
