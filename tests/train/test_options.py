@@ -287,6 +287,19 @@ def test_device_is_honoured(train, refused, monkeypatch):
     assert "--device cuda:3" in refused("--device", "cuda:3", out="other")
 
 
+def test_starts_that_are_stopped_at_once_come_to_an_end(train):
+    """Each takes a step, or ends an epoch whose steps are done: two epochs of two steps need five."""
+    options = ["--method", "independent", "--students", 1, "--batch-size", 30, "--max-time", 1e-9]
+    reached = [
+        (run.summary["epochs"], run.summary["completed"]) for run in (train(*options), *_again(train, options, 4))
+    ]
+    assert reached == [(0, False), (0, False), (1, False), (1, False), (2, True)]
+
+
+def _again(train, options, times):
+    return [train(*options, "--resume") for _ in range(times)]
+
+
 def test_max_time_stops_with_a_checkpoint_and_goes_on(train, capsys):
     run = train("--epochs", "100000", "--max-time", "0.00001")
     assert run.summary["completed"] is False
