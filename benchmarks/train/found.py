@@ -65,7 +65,7 @@ def collect(out: Path) -> tuple[list[Found], list[str]]:
         row = ROWS.get(folder.parent.name)
         if row is None:
             said.append(f"{named(folder)}: no row of this table")
-        elif not (folder / "metrics.jsonl").exists():
+        elif not pack.epochs_of(folder):
             said.append(f"{named(folder)}: no epoch has ended")
         else:
             found += _seeds(folder, row)

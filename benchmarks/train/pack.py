@@ -105,15 +105,14 @@ def unpack(pieces: Sequence[Path], out: Path) -> list[str]:
 def progress(folder: Path) -> Progress:
     """How far the run in a folder is; a damaged checkpoint counts for nothing."""
     done = not is_open(folder)
-    below = [file for file in folder.rglob("metrics.jsonl") if not is_copy(file.parent)]
-    epochs = {file: len(file.read_text().splitlines()) for file in below}
-    step = 0
+    below = [file.parent for file in folder.rglob("metrics.jsonl") if not is_copy(file.parent)]
+    epochs, step = {run: epochs_of(run) for run in below}, 0
     if not done and (folder / checkpoint.NAME).exists():
         try:
             position = checkpoint.load(folder / checkpoint.NAME)["position"]
         except CheckpointError:
             return Progress(-1, False, 0)
-        epochs[folder / "metrics.jsonl"], step = position["epoch"], position["step"]
+        epochs[folder], step = position["epoch"], position["step"]
     return Progress(sum(epochs.values()), done, step)
 
 
@@ -121,6 +120,12 @@ def is_open(folder: Path) -> bool:
     """Whether a run is not finished."""
     summary = read_summary(folder)
     return not (summary and summary["completed"])
+
+
+def epochs_of(folder: Path) -> int:
+    """How many epochs a run's metrics have."""
+    file = folder / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
 
 
 def contents(folder: Path, *, weights: bool, below: bool = False) -> Iterator[Path]:

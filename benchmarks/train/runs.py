@@ -35,14 +35,15 @@ FREE = configuration.RUNTIME_FIELDS | {"seed", "val_seed", "replicas", "amp", "d
 
 
 class Clock:
-    """Time that a call has, from now on.
+    """Time that a call has.
 
     Args:
         seconds: until everything is written; None: no end.
+        since: when the call began, of `time.monotonic`.
     """
 
-    def __init__(self, seconds: float | None) -> None:
-        self._end = None if seconds is None else time.monotonic() + seconds - min(RESERVE, seconds / 10)
+    def __init__(self, seconds: float | None, since: float) -> None:
+        self._end = None if seconds is None else since + seconds - min(RESERVE, seconds / 10)
 
     def left(self) -> float | None:
         """Seconds for training."""

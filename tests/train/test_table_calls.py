@@ -186,6 +186,8 @@ def test_of_two_states_of_a_run_the_newer_one_stays(call, tmp_path, capsys):
     out, old, new = tmp_path / "out", tmp_path / "old" / "state", tmp_path / "new" / "state"
     for file in (old, new):
         assert call("tiny-alone", out, "--seeds", "0", "--max-time", 1e-4, "--pack", file) == 0
+    assert call("tiny-alone", out, "--summarise", train=False) == 0
+    assert "- tiny-alone/seed0: no epoch has ended" in capsys.readouterr().out
     older, newer = (sorted(file.parent.iterdir()) for file in (old, new))
     assert call("tiny-alone", tmp_path / "a", "--unpack", *newer, train=False) == 0
     capsys.readouterr()
