@@ -55,7 +55,7 @@ def run(row, seed, top1, *, lacks=(), commit="abc", amp="bf16"):
         }
         for i, x in enumerate(top1)
     ]
-    made = {"commit": [commit], "device": ["a GPU"], "versions": ["torch 2"]}
+    made = {"commit": [commit], "device": ["a GPU"], "versions": ["torch 2"], "data": ["images"]}
     speed = {"seconds": 10.0 + seed, "wall": 12.0 + seed, "images_per_second": 100.0, "peak_mb": 300.0 + seed}
     return found.Found(
         ROWS[row], seed, f"{row}/seed{seed}", history, deployed, amp, list(lacks), made, replicas=1, **speed
@@ -95,7 +95,7 @@ def test_a_complete_row_has_the_last_epoch_first_and_gains_of_the_same_seeds(sum
     text = page.markdown(entries)
     assert "| ffsd-resnet32 | leader 73.00 ± 2.65 | 73.33 ± 2.08 (epochs 2 3 3) | +4.00 ± 3.00 over indep" in text
     assert "| 74.85 leader (best epoch on the test images; FFSD's README, mean of three runs) | 3 (0 1 2) |" in text
-    assert "- commit abc on a GPU; torch 2: ffsd-resnet32, independent-resnet32." in text and "- a note" in text
+    assert "- commit abc on a GPU; torch 2; images: ffsd-resnet32, independent-resnet32." in text and "- a note" in text
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_seed_beyond_those_asked_for_is_partial_beside_its_row(summary):
 
 
 def test_there_is_no_gain_over_a_baseline_of_another_commit_or_one_that_is_not_whole(summary):
-    assert summary(complete(commit="def"))["rows"][0]["gain"] == "independent-resnet32 is of another commit"
+    assert summary(complete(commit="def"))["rows"][0]["gain"] == "independent-resnet32 has another commit"
     assert summary(complete()[:4])["rows"][0]["gain"] == "independent-resnet32 is not complete"
 
 

@@ -25,7 +25,7 @@ class Found:
         deployed: the network that is kept.
         amp: precision of the steps.
         lacks: why it is no complete run of its recipe; empty where it is.
-        made: commits, devices and versions of all calls that worked on it.
+        made: commits, devices, versions and data of all calls that worked on it.
         seconds: of training and evaluation; of replicas, of all together.
         wall: seconds of all calls, with loading, starting and saving; None where nobody has noted them.
         replicas: trained in the same pass.
@@ -88,7 +88,9 @@ def _seeds(folder: Path, row: Row) -> list[Found]:
     noted = _calls(folder)
     calls = noted or _unnoted(folder)
     versions = [f"{name} {number}" for call in calls for name, number in call["versions"].items() if number]
-    made = {"versions": sorted(set(versions)), **{key: sorted({c[key] for c in calls}) for key in ("commit", "device")}}
+    told = {key: sorted({call[key] for call in calls}) for key in ("commit", "device", "data")}
+    made = {"versions": sorted(set(versions)), **told}
+    lacks += [f"trained on {data} instead of {row.images}" for data in told["data"] if not data.startswith(row.images)]
     peaks = [call["peak_mb"] for call in calls if call["peak_mb"] is not None]
     prefixes = {seed: f"seed{seed}/" if config.replicas > 1 else "" for seed in run.seeds}
     return [
@@ -123,4 +125,6 @@ def _calls(folder: Path) -> list[dict[str, Any]]:
 def _unnoted(folder: Path) -> list[dict[str, Any]]:
     """What a run of `fastfuse train` itself says about what made it."""
     summary = read_summary(folder)
-    return [{key: summary[key] for key in ("commit", "versions", "device")} | {"peak_mb": None}] if summary else []
+    kept = ("commit", "versions", "device")
+    unknown = {"peak_mb": None, "data": "images that nobody has noted"}
+    return [{key: summary[key] for key in kept} | unknown] if summary else []

@@ -108,7 +108,8 @@ def _made(found: Mapping[str, Any]) -> Iterator[str]:
     ways: dict[str, list[str]] = {}
     for entry in (*found["rows"], *found["partial"]):
         made = entry["made"]
-        way = f"commit {', '.join(made['commit'])} on {', '.join(made['device'])}; {', '.join(made['versions'])}"
+        said = {key: ", ".join(values) for key, values in made.items()}
+        way = f"commit {said['commit']} on {said['device']}; {said['versions']}; {said['data']}"
         ways.setdefault(way, []).append(entry.get("folder", entry["row"]))
     for way, names in ways.items():
         yield f"- {way}: {', '.join(dict.fromkeys(names))}."

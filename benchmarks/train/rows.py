@@ -59,6 +59,7 @@ class Row:
         baseline: the row of the same network alone under the same budget; None: it is such a row.
         published: what others have reported.
         overrides: fields of the configuration that differ from the recipe's.
+        images: how the fingerprint of its data begins, of training and test images.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Row:
     baseline: str | None = None
     published: tuple[Published, ...] = ()
     overrides: tuple[tuple[str, Any], ...] = ()
+    images: str = "50000+10000 images"
 
     def config(self) -> TrainConfig:
         """The configuration of `fastfuse train --recipe RECIPE [--method METHOD --students N]`."""

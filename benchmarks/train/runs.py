@@ -92,6 +92,8 @@ def learn(planned: Sequence[TrainConfig], clock: Clock) -> Outcome:
     todo = [config for config in planned if not finished(config)]
     for config in todo:
         _check_same(config)
+    # All of them have the same data, which every call notes: a table must tell a part of CIFAR-100 from all of it.
+    images = build.load_data(todo[0]).fingerprint() if todo else ""
     outcome = Outcome.FINISHED
     for i, config in enumerate(todo):
         left = clock.left()
@@ -100,7 +102,7 @@ def learn(planned: Sequence[TrainConfig], clock: Clock) -> Outcome:
             return Outcome.STOPPED
         max_time = None if left is None else max(left, 1e-3) / 60
         try:
-            summary = _one(dataclasses.replace(config, max_time=max_time))
+            summary = _one(dataclasses.replace(config, max_time=max_time), images)
         except NonFiniteLossError as error:
             _say(f"{named(config.out)} failed: {error}")
             outcome = Outcome.FAILED
@@ -144,11 +146,12 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
 
 
 def _check_same(config: TrainConfig) -> None:
-    """Refuse to go on with a run of other settings, which would be overwritten where it has no checkpoint."""
+    """Refuse what no run can use, and to go on with a run of other settings, which might be overwritten."""
+    wanted = _plain(config)
     assert config.out is not None
-    if not config.resume or not (config.out / "config.json").exists():
+    if not (config.out / "config.json").exists():
         return
-    kept, wanted = _plain(RunFolder(config.out).read_config()), _plain(config)
+    kept = _plain(RunFolder(config.out).read_config())
     for name, value in wanted.items():
         same = kept[name] == value or (name == "amp" and value == "auto")
         if name not in configuration.RUNTIME_FIELDS and not same:
@@ -158,7 +161,7 @@ def _check_same(config: TrainConfig) -> None:
             )
 
 
-def _one(config: TrainConfig) -> dict[str, Any]:
+def _one(config: TrainConfig, images: str) -> dict[str, Any]:
     """One run as far as it comes, and its line of calls.jsonl."""
     folder = config.out
     assert folder is not None
@@ -181,7 +184,7 @@ def _one(config: TrainConfig) -> dict[str, Any]:
     finally:
         seconds = time.monotonic() - since
         call = {"began": began, "seconds": round(seconds, 3), "commit": info.commit(), "versions": info.versions()}
-        call |= {"device": info.device_name(build.pick_device(config.device)), "outcome": said}
+        call |= {"device": info.device_name(build.pick_device(config.device)), "outcome": said, "data": images}
         call["peak_mb"] = round(torch.cuda.max_memory_reserved() / 2**20, 1) if on_gpu else None
         if folder.exists():  # else it was refused before it began
             with (folder / CALLS).open("a") as file:

@@ -132,9 +132,9 @@ def _gain(found: Sequence[Found], baseline: Sequence[Found] | None) -> dict[str,
         return "it is a baseline"
     if not baseline:
         return f"{found[0].row.baseline} is not complete"
-    for key in ("commit", "device"):
+    for key in ("commit", "device", "data"):
         if len({x for one in (*found, *baseline) for x in one.made[key]}) != 1:
-            return f"{found[0].row.baseline} is of another {key}"
+            return f"{found[0].row.baseline} has another {key}"
     alone = {one.seed: one.history[-1]["accuracy"][one.deployed]["top1"] for one in baseline}
     own = {one.seed: one.history[-1]["accuracy"][one.deployed]["top1"] for one in found}
     return spread([own[seed] - alone[seed] for seed in own if seed in alone])

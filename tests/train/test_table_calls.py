@@ -1,5 +1,7 @@
 """The CIFAR-100 table in several calls: stopped, packed, unpacked in an empty folder, and as if never stopped."""
 
+import dataclasses
+import gzip
 import json
 import sys
 
@@ -26,7 +28,7 @@ ROWS_OF_TESTS = (
 def tiny_rows(monkeypatch):
     """Three rows more, on a machine without the command line's parser."""
     for row in ROWS_OF_TESTS:
-        monkeypatch.setitem(ROWS, row.name, row)
+        monkeypatch.setitem(ROWS, row.name, dataclasses.replace(row, images="60+30 images"))
     monkeypatch.setitem(sys.modules, "tyro", None)
 
 
@@ -82,7 +84,7 @@ def test_a_row_stopped_after_every_step_and_carried_to_empty_folders_is_the_row_
     assert (out / "runs/tiny-ffsd/seed0" / runs.CALLS).read_bytes() == before
 
 
-def test_what_is_shorter_or_otherwise_is_partial_and_says_why(call, tmp_path, capsys):
+def test_what_is_shorter_or_otherwise_is_partial_and_says_why(call, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     options = ["--set", "lr=0.05", "--epochs", 1, "--summarise"]
     assert call("tiny-alone", out, *options) == 0
@@ -92,6 +94,11 @@ def test_what_is_shorter_or_otherwise_is_partial_and_says_why(call, tmp_path, ca
         and [run["lacks"] for run in found["partial"]] == [["1 of 2 epochs", "lr 0.05 instead of 0.02"]] * 2
     )
     assert "## Complete: all epochs of the recipe, seeds 0 1\n\nNone." in capsys.readouterr().out
+    monkeypatch.setitem(ROWS, "tiny-alone", ROWS_OF_TESTS[1])  # which wants all of CIFAR-100
+    assert call("tiny-alone", out, "--summarise", train=False) == 0
+    lacks = json.loads((out / "table.json").read_text())["partial"][0]["lacks"]
+    assert lacks[2].startswith("trained on 60+30 images, crc ") and lacks[2].endswith(" instead of 50000+10000 images")
+    capsys.readouterr()
     # The folder of one budget takes no other.
     assert call("tiny-alone", out) == 2
     assert capsys.readouterr().err == (
@@ -104,6 +111,9 @@ def test_replicas_are_seeds_of_a_row_and_go_on_elsewhere(call, tmp_path):
     out, again, file = tmp_path / "out", tmp_path / "again", tmp_path / "pack" / "state"
     assert call("tiny-alone", tmp_path / "whole", "--replicas", "--summarise") == 0
     assert call("tiny-alone", out, "--replicas", "--max-time", 1e-4, "--pack", file) == 0
+    run = out / "runs/tiny-alone/seeds0-1"
+    assert (run / "seed0/checkpoint.pt").exists()  # a copy, which is made anew when the run ends
+    assert all(path.parent == run for path in pack.contents(run, weights=True))
     assert call("tiny-alone", again, "--replicas", "--unpack", *file.parent.iterdir(), "--summarise") == 0
     assert table(again) == table(tmp_path / "whole")
     entry = table(again)["rows"][0]
@@ -208,8 +218,6 @@ def test_what_does_not_fit_is_left_out_and_said(packed, call, tmp_path, capsys):
 
 
 def test_a_record_has_every_epoch_and_replaces_none(packed, call, tmp_path, capsys, monkeypatch):
-    import gzip
-
     out, _ = packed
     monkeypatch.setattr(cifar100_table, "RECORDS", tmp_path / "records")
     assert call("tiny-alone", out, "--seeds", "0", "--record", "rehearsal", train=False) == 0
