@@ -133,13 +133,14 @@ def contents(folder: Path, *, weights: bool, below: bool = False) -> Iterator[Pa
 
     Args:
         folder: of the run.
-        weights: whether those of its networks, as the last epoch left them, are among them.
+        weights: whether those of its networks are among them.
         below: it comes before another run, which is not finished and needs its networks.
     """
     done = not is_open(folder) and (folder / "config.json").exists()
     if (folder / "config.json").exists():
         for file in sorted(path for path in folder.iterdir() if path.is_file()):
-            network = file.suffix == ".safetensors" and done and (weights or below)
+            last = file.suffix == ".safetensors" and not file.stem.endswith("_best")
+            network = done and (file.suffix == ".safetensors" if weights else last and below)
             if file.suffix in RECORDS or network or (file.name == checkpoint.NAME and not done):
                 yield file
     for inner in sorted(path for path in folder.iterdir() if path.is_dir()):
