@@ -3,12 +3,14 @@
 import dataclasses
 import gzip
 import json
+import signal
 import sys
 
 import pytest
 
 from benchmarks.train import cifar100_table, pack, runs
 from benchmarks.train.rows import ROWS, Row
+from tests.train.test_signals import signalled
 
 TINY = {"model": "resnet8", "crop_padding": 1, "batch_size": 30, "lr": 0.02, "epochs": 2, "milestones": (1,)}
 ROWS_OF_TESTS = (
@@ -138,6 +140,16 @@ def test_teachers_travel_as_long_as_their_student_learns(call, tmp_path):
     assert call("tiny-feed", home, "--unpack", *file.parent.iterdir(), train=False) == 0
     assert runs.read_summary(home / "runs/tiny-feed/seed0")["completed"]
     assert not list(home.rglob("*.safetensors")) and not list(home.rglob("*.pt"))
+
+
+def test_a_machine_that_is_wanted_back_is_given_its_pack_first(call, tmp_path, monkeypatch):
+    file = tmp_path / "pack" / "state"
+    with monkeypatch.context() as patch:
+        signalled(patch, signal.SIGTERM, at=3)
+        assert call("tiny-alone", tmp_path / "out", "--pack", file) == 75
+    assert call("tiny-alone", tmp_path / "again", "--unpack", *file.parent.iterdir(), train=False) == 0
+    assert pack.progress(tmp_path / "again/runs/tiny-alone/seed0") == (1, False, 1)
+    assert not (tmp_path / "again/runs/tiny-alone/seed1").exists()
 
 
 @pytest.fixture
