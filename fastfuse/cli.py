@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import io
 import json
 import os
 import signal
@@ -23,7 +22,8 @@ from fastfuse.config.commands import (
     ReconstructOptions,
     ReportOptions,
 )
-from fastfuse.config.help import EXIT_STATUS, below_options
+from fastfuse.config.help import EXIT_STATUS
+from fastfuse.config.parsing import parse
 from fastfuse.errors import (
     INTERRUPTED,
     PREEMPTED,
@@ -161,8 +161,6 @@ def _train_to_the_end(arguments: list[str]) -> int:
 
 def parse_train(arguments: list[str]) -> Any:
     """The configuration that a command line asks for: defaults, then recipe or resumed run, then its options."""
-    import tyro
-
     from fastfuse import config as configuration
 
     # What decides the defaults must be known before the options are parsed.
@@ -186,18 +184,10 @@ def parse_train(arguments: list[str]) -> Any:
             default = dataclasses.replace(RunFolder(Path(known.out)).read_config(), max_time=None)
     default = configuration.adapted(default, method=known.method, model=known.model, students=known.students)
 
-    options = dataclasses.make_dataclass(
-        "TrainOptions",
-        [(name, tyro.conf.UseAppendAction[tuple[str, ...]], dataclasses.field(default=())) for name in ("init", "log")],
-        bases=(configuration.TrainConfig,),
-        frozen=True,
-        namespace={
-            "__doc__": f"Train networks together and deploy one.\n\nRecipes: {', '.join(configuration.recipes())}."
-        },
-    )
-    values = {field.name: getattr(default, field.name) for field in dataclasses.fields(default)}
-    parsed = _parse(options, "fastfuse train", arguments, options(**values))
-    config = configuration.TrainConfig(**{name: getattr(parsed, name) for name in values})
+    text = f"Train networks together and deploy one.\n\nRecipes: {', '.join(configuration.recipes())}."
+    kind = configuration.TrainConfig
+    parsed = parse(kind, "train", arguments, default=default, repeatable=("init", "log"), text=text)
+    config = kind(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(kind)})
     if known.teacher_model is not None and not known.resume:
         from fastfuse.train.teachers import check_teacher_model
 
@@ -206,34 +196,35 @@ def parse_train(arguments: list[str]) -> Any:
 
 
 def _eval(arguments: list[str]) -> int:
-    positional = [a for a in arguments[:1] if not a.startswith("-")]
-    if not positional and not {"-h", "--help"} & set(arguments):
-        raise InputError("fastfuse eval needs a run folder: fastfuse eval RUN [OPTIONS]")
-    options = _parse(EvalOptions, "fastfuse eval RUN", arguments[len(positional) :])
+    options = parse(EvalOptions, "eval", arguments, names="RUN")
+    path = _one_run("eval", options.names)
     from fastfuse.train.evaluate_run import evaluate_run
 
-    found = evaluate_run(
-        Path(positional[0]), data_root=options.data_root, data_path=options.data_path, device=options.device
-    )
+    found = evaluate_run(path, data_root=options.data_root, data_path=options.data_path, device=options.device)
     if options.json:
         print(json.dumps(found, indent=2))
         return 0
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("network", "top-1 %", "top-5 %", title=f"{positional[0]}: test images after epoch {found['epoch']}")
+    table = Table("network", "top-1 %", "top-5 %", title=f"{path}: test images after epoch {found['epoch']}")
     for name, accuracy in found["accuracy"].items():
         table.add_row(name, f"{accuracy['top1']:.2f}", f"{accuracy['top5']:.2f}")
     Console(file=sys.stdout).print(table)
     return 0
 
 
+def _one_run(command: str, names: Sequence[str]) -> Path:
+    if len(names) != 1:
+        raise InputError(f"fastfuse {command} needs one run folder, not {len(names)}: fastfuse {command} RUN [OPTIONS]")
+    return Path(names[0])
+
+
 def _compare(arguments: list[str]) -> int:
-    named = next((i for i, a in enumerate(arguments) if a.startswith("-")), len(arguments))
-    options = _parse(CompareOptions, "fastfuse compare RUN_A RUN_B [RUN ...]", arguments[named:])
+    options = parse(CompareOptions, "compare", arguments, names="RUN_A RUN_B [RUN ...]")
     from fastfuse.train.compare import compare, print_tables
 
-    found = compare([Path(run) for run in arguments[:named]])
+    found = compare([Path(run) for run in options.names])
     if options.json:
         print(json.dumps(found, indent=2))
     else:
@@ -242,29 +233,26 @@ def _compare(arguments: list[str]) -> int:
 
 
 def _report(arguments: list[str]) -> int:
-    named = next((i for i, a in enumerate(arguments) if a.startswith("-")), len(arguments))
-    options = _parse(ReportOptions, "fastfuse report RUN [RUN ...]", arguments[named:])
+    options = parse(ReportOptions, "report", arguments, names="RUN [RUN ...]")
     from fastfuse.train.report import report
 
-    page, *pictures = report([Path(run) for run in arguments[:named]], options.html)
+    page, *pictures = report([Path(run) for run in options.names], options.html)
     if not options.quiet:
         print(f"{page}\n{len(pictures)} PNG files beside it")
     return 0
 
 
 def _export(arguments: list[str]) -> int:
-    positional = [a for a in arguments[:1] if not a.startswith("-")]
-    if not positional and not {"-h", "--help"} & set(arguments):
-        raise InputError("fastfuse export needs a run folder: fastfuse export RUN [OPTIONS]")
-    options = _parse(ExportOptions, "fastfuse export RUN", arguments[len(positional) :])
+    options = parse(ExportOptions, "export", arguments, names="RUN")
+    path = _one_run("export", options.names)
     from fastfuse.train.export import export
 
-    found = export(Path(positional[0]), options)
+    found = export(path, options)
     if options.json:
         print(json.dumps(found, indent=2))
         return 0
     if not found["completed"]:
-        print(f"{positional[0]} has not ended yet: taken from {found['source']}, epoch {found['epoch']}")
+        print(f"{path} has not ended yet: taken from {found['source']}, epoch {found['epoch']}")
     own, plain = (f"{c['parameters']:,} parameters, {c['multiply_adds']:,} multiply-adds" for c in found["costs"])
     same = "the plain network's" if own == plain else f"the plain network: {plain}"
     print(f"{found['network']}: {own} ({same}); logits checked, largest difference {found['error']:.2g}")
@@ -273,14 +261,13 @@ def _export(arguments: list[str]) -> int:
 
 
 def _predict(arguments: list[str]) -> int:
-    named = next((i for i, a in enumerate(arguments) if a.startswith("-")), len(arguments))
-    files, rest = arguments[:named], arguments[named:]
-    if len(files) < 2 and not {"-h", "--help"} & set(rest):
+    options = parse(PredictOptions, "predict", arguments, names="EXPORTED IMAGE [IMAGE ...]")
+    if len(options.names) < 2:
         raise InputError("fastfuse predict needs an exported file and images: fastfuse predict EXPORTED IMAGE [...]")
-    options = _parse(PredictOptions, "fastfuse predict EXPORTED IMAGE [IMAGE ...]", rest)
     from fastfuse.train.predict import predict
 
-    found = list(predict(Path(files[0]), [Path(file) for file in files[1:]]))
+    file, *images = map(Path, options.names)
+    found = list(predict(file, images))
     if options.json:
         print(json.dumps([one.plain() for one in found], indent=2))
     elif any(one.top for one in found):
@@ -300,16 +287,14 @@ def _predict(arguments: list[str]) -> int:
 
 
 def _reconstruct(arguments: list[str]) -> int:
-    named = next((i for i, a in enumerate(arguments) if a.startswith("-")), len(arguments))
-    networks, rest = arguments[:named], arguments[named:]
-    if not networks and not {"-h", "--help"} & set(rest):
+    options = parse(ReconstructOptions, "reconstruct", arguments, names="RUN [RUN ...]")
+    if not options.names:
         raise InputError("fastfuse reconstruct needs trained networks: fastfuse reconstruct RUN [RUN ...] [OPTIONS]")
-    options = _parse(ReconstructOptions, "fastfuse reconstruct RUN [RUN ...]", rest)
     from fastfuse.train.reconstruction import configured, reconstruct, save
 
-    given = {key: value for key, value in dataclasses.asdict(options).items() if key != "json"}
-    config = configured(networks, given)
-    rows = reconstruct(networks, config)
+    given = {key: value for key, value in vars(options).items() if key not in ("json", "names")}
+    config = configured(list(options.names), given)
+    rows = reconstruct(list(options.names), config)
     if options.json:
         print(json.dumps([row._asdict() for row in rows], indent=2))
         save(rows, config)
@@ -329,27 +314,19 @@ def _reconstruct(arguments: list[str]) -> int:
 
 
 def _methods(arguments: list[str]) -> int:
-    options = _parse(MethodsOptions, "fastfuse methods", arguments)
-    from fastfuse.train.catalogue import catalogue, needs
+    options = parse(MethodsOptions, "methods", arguments)
+    from fastfuse.train.catalogue import catalogue, print_catalogue
 
     found = catalogue()
     if options.json:
         print(json.dumps(found, indent=2))
-        return 0
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("method", "what it is", "needs", "deploys", "recipes")
-    for column in (0, 3):
-        table.columns[column].no_wrap = True
-    for entry in found:
-        table.add_row(entry["name"], entry["summary"], needs(entry), entry["deploys"], ", ".join(entry["recipes"]))
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160).print(table)
+    else:
+        print_catalogue(found)
     return 0
 
 
 def _info(arguments: list[str]) -> int:
-    options = _parse(InfoOptions, "fastfuse info", arguments)
+    options = parse(InfoOptions, "info", arguments)
     from fastfuse.info import info
 
     found = info()
@@ -364,31 +341,3 @@ def _info(arguments: list[str]) -> int:
     for op, backends in found["ops"].items():
         print(f"{op}: " + "; ".join(f"{backend}: {reason}" for backend, reason in backends.items()))
     return 0
-
-
-def _parse(kind: type, program: str, arguments: list[str], default: Any = None) -> Any:
-    """Options by tyro; what it prints about a wrong one becomes one line."""
-    import tyro
-
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed):
-            return tyro.cli(kind, prog=program, args=arguments, **({} if default is None else {"default": default}))
-    except SystemExit as stop:
-        if not stop.code:  # --help was asked for
-            print(f"\n{below_options(program.split()[1])}")
-            raise
-        raise InputError(_one_line(printed.getvalue(), program)) from None
-
-
-def _one_line(box: str, program: str) -> str:
-    words = []
-    for line in box.splitlines():
-        if line.startswith("╭"):  # the title says less than the text
-            continue
-        text = line.strip("│╭╮╰╯─ ")
-        if text.startswith(("Argument helptext", "For full helptext")):
-            break
-        words.append(text)
-    message = " ".join(word for word in words if word)
-    return f"{message}; see {program} --help"

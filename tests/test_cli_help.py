@@ -12,6 +12,7 @@ import pytest
 from fastfuse import cli, config
 from fastfuse.config import commands
 from fastfuse.config.help import EXAMPLES, EXIT_STATUS
+from fastfuse.config.parsing import parse
 
 COMMANDS = re.findall(r"^  (\w+)  ", cli.USAGE.split("commands:")[1].split("examples:")[0], re.MULTILINE)
 # Numbers whose unit nobody can guess from the name.
@@ -60,7 +61,38 @@ def test_an_unknown_option_is_answered_with_the_nearest(command, capsys):
     assert cli.main([command, *["there"] * positional, wrong]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and wrong in said and f"{wrong[:-1] if wrong == '--jsonn' else '--baseline'}" in said
-    assert f"see fastfuse {command}" in said
+    assert f"see fastfuse {command} --help" in said
+
+
+@pytest.mark.parametrize("order", [["--html", "page.html", "a", "b"], ["a", "b", "--html", "page.html"]])
+def test_names_stand_before_or_behind_options(order):
+    options = parse(commands.ReportOptions, "report", order, names="RUN [RUN ...]")
+    assert (options.names, options.html) == (("a", "b"), Path("page.html"))
+
+
+@pytest.mark.parametrize("command", ["eval", "export"])
+@pytest.mark.parametrize("names", [[], ["a", "b"]])
+def test_a_command_for_one_run_takes_one(command, names, capsys):
+    assert cli.main([command, "--json", *names]) == 2
+    assert f"needs one run folder, not {len(names)}: fastfuse {command} RUN" in capsys.readouterr().err
+
+
+def test_help_tells_of_no_default_that_is_none(capsys):
+    text = " ".join(helped("train", capsys).replace("│", " ").split())
+    assert "(default: 128)" in text and "(repeatable)" in text
+    assert "default: None" not in text and "(default: )" not in text
+
+
+@pytest.mark.parametrize("columns", [50, 139, 140, 200])
+def test_methods_stay_readable_on_every_terminal(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert cli.main(["methods"]) == 0
+    lines = re.sub(r"\x1b\[\d+m", "", capsys.readouterr().out).splitlines()
+    assert max(map(len, lines)) <= columns
+    words = set(" ".join(line.replace("│", " ") for line in lines).replace(";", " ").replace(",", " ").split())
+    assert "…" not in "".join(lines)
+    assert {"dfa-search", "feed-sequential", "aggregation", *config.recipes()} <= words
 
 
 def test_every_option_has_a_text_and_numbers_have_units():

@@ -32,10 +32,6 @@ class ReportOptions:
     """Runs as one HTML page that needs nothing else, with its figures as PNGs beside it (pip install 'fastfuse[plot]').
 
     Finished runs that differ in nothing but the seed are one curve; a run that goes on counts as far as it is.
-
-    fastfuse report runs/a
-
-    fastfuse report runs/ffsd-seed0 runs/ffsd-seed1 runs/independent --html ffsd.html
     """
 
     html: Path | None = None

@@ -6,6 +6,9 @@ from typing import Any
 from fastfuse import config
 from fastfuse.methods import METHODS
 
+# Columns of a terminal from which on the table's words stay whole.
+_TABLE = 140
+
 
 def catalogue() -> list[dict[str, Any]]:
     """One entry per method: name, summary, students (minimum, maximum, default), teachers, deploys, recipes."""
@@ -42,6 +45,28 @@ def needs(entry: dict[str, Any]) -> str:
     if entry["teachers"]:
         parts.append(_counted(entry["teachers"], "frozen teacher"))
     return ", ".join(parts)
+
+
+def print_catalogue(found: list[dict[str, Any]]) -> None:
+    """Print what `catalogue` found: a table, or where the terminal is too narrow for one a paragraph per method."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.padding import Padding
+    from rich.table import Table
+
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)
+    table = Table("method", "what it is", "needs", "deploys", "recipes")
+    for column in (0, 3):
+        table.columns[column].no_wrap = True
+    for entry in found:
+        recipes = ", ".join(entry["recipes"])
+        table.add_row(entry["name"], escape(entry["summary"]), needs(entry), entry["deploys"], recipes)
+        if console.width < _TABLE:
+            text = f"{escape(entry['summary'])}; needs {needs(entry)}; deploys {entry['deploys']}"
+            console.print(f"[bold]{entry['name']}[/bold]", highlight=False)
+            console.print(Padding(text + (f"; recipes: {recipes}" if recipes else ""), (0, 0, 0, 2)), highlight=False)
+    if console.width >= _TABLE:
+        console.print(table)
 
 
 def _counted(number: int, what: str) -> str:

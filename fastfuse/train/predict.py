@@ -60,6 +60,8 @@ def load_program(file: Path) -> tuple[nn.Module, dict[str, Any]]:
     Raises:
         InputError: see `predict`.
     """
+    if file.is_dir():
+        raise InputError(f"{file} is a folder, not an exported file: fastfuse export {file} --format torch-export")
     if not file.is_file():
         raise InputError(f"{file} does not exist; make it with: fastfuse export RUN --format torch-export")
     if file.suffix != ".pt2":
