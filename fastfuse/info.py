@@ -44,7 +44,8 @@ def device_name(device: Any) -> str:
 
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()} CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{_processor()} CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _processor() -> str:

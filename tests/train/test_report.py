@@ -16,7 +16,7 @@ from fastfuse.train.report import figures, render, report
 from fastfuse.train.report.classes import differing, mistakes, per_class
 from fastfuse.train.report.material import RAMPS, Curve, gather
 from fastfuse.train.report.seen import cosine
-from fastfuse.train.report.training import by_kind
+from fastfuse.train.report.training import by_kind, headline
 from tests.train.report_runs import kept, make_run
 
 NETWORKS = ["student0", "student1", "fusion", "leader", "ensemble"]
@@ -156,10 +156,64 @@ def test_a_run_of_another_version_is_reported_as_far_as_it_goes(tmp_path, undraw
 def test_without_an_independent_run_the_most_frequent_mistakes_are_shown(tmp_path, undrawn):
     one = kept(3, NETWORKS)
     text, pictures = render(gather([make_run(tmp_path / "a", NETWORKS, keep=one)]))
-    assert "None of these runs is one of the method independent" in text
+    assert "No run of the method independent is among these" in text
     expected = max(mistakes([one], "leader").values())
     assert f"<td>{expected:g}</td>" in text.split('id="confusion-0"')[1]
     assert "confusion-0" in {p.name for p in pictures} and "classes-0" not in {p.name for p in pictures}
+
+
+@needs_matplotlib
+def test_the_baseline_in_a_runs_folder_comes_with_it_once_it_has_results(tmp_path, undrawn):
+    ours = make_run(tmp_path / "a", NETWORKS, keep=kept(3, NETWORKS))
+    baseline = ours / "independent"
+    make_run(baseline, ["student0"], method="independent", students=1, keep=kept(3, ["student0"]))
+    assert [group.label for group in gather([ours])] == ["ffsd", "independent"]
+    assert [len(group.runs) for group in gather([ours, baseline])] == [1, 1]  # named as well, it counts once
+    assert "classes-0" in {p.name for p in render(gather([ours]))[1]}
+    (baseline / "summary.json").unlink()
+    (baseline / "metrics.jsonl").write_text("")
+    assert [group.label for group in gather([ours])] == ["ffsd"]
+
+
+@needs_matplotlib
+def test_the_headline_says_what_came_out_and_when_that_means_nothing(tmp_path):
+    def group(name: str, top1: list[float], **options) -> list[Path]:
+        runs = [make_run(tmp_path / f"{name}{s}", ["student0"], seed=s, **options) for s in range(len(top1))]
+        for run, value in zip(runs, top1, strict=True):
+            summary = json.loads((run / "summary.json").read_text())
+            summary |= {"deployed": "student0"}
+            summary["networks"]["student0"]["last_top1"] = value
+            (run / "summary.json").write_text(json.dumps(summary))
+        return runs
+
+    alone = group("alone", [90.0, 92.0], method="independent", students=1)
+    near = group("near", [91.0, 92.0], method="dml", students=2)
+    far = group("far", [95.0, 97.0], method="ffl", students=2)
+    said = headline(gather([*near, *far, *alone]))
+    assert "dml: student0 91.50 ± 0.71 %, +0.50 points against independent, no more than the deviation" in said
+    assert "ffl: student0 96.00 ± 1.41 %, +5.00 points against independent.<" in said
+    assert "independent: student0 91.00 ± 1.41 %.<" in said
+    assert "+1.00 points against independent; one seed does not say" in headline(gather([near[0], alone[0]]))
+    assert headline(gather([near[0]])) == '<p class="headline">dml: student0 91.00 %.</p>'
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("label", ["student0", "ffsd (runs/2026-12-01_ffsd_resnet32_cifar100): leader"])
+def test_nothing_of_a_drawing_is_cut_off(label, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "_svg", lambda figure, *more: drawn.append(figure))
+    lines = [figures.Line(f"{label}{i}", Curve([1.5e-4, 1.25e-4], None), i) for i in range(6)]
+    figures.curves("a", "A title", [1, 2], lines, unit="loss")
+    figures.bars(
+        "b", "A title", ["eighteen letters w", "b"], [[1.0, 2.0], [0.5, 1.0]], [label, "b"], unit="test images"
+    )
+    for figure in drawn:
+        (axes,), (legend,) = figure.axes, figure.legends
+        assert axes.get_xlabel() and (axes.get_ylabel() or axes.get_yticklabels()[0].get_text())
+        for part in (axes.get_tightbbox(), legend.get_window_extent()):
+            assert part.x0 >= 0 and part.y0 >= 0
+            assert part.x1 <= figure.bbox.x1 and part.y1 <= figure.bbox.y1
+        assert legend.get_window_extent().y1 <= axes.get_tightbbox().y0
 
 
 @needs_matplotlib

@@ -85,8 +85,8 @@ def installed() -> bool:
     return True
 
 
-def curves(name: str, title: str, epochs: Sequence[int], lines: Sequence[Line], *, unit: str = "") -> Picture:
-    """Curves over epochs, with a band of one deviation around a mean over seeds.
+def curves(name: str, title: str, epochs: Sequence[int], lines: Sequence[Line], *, unit: str) -> Picture:
+    """Curves over epochs of what `unit` says, with a band of one deviation around a mean over seeds.
 
     A curve may have fewer epochs than there are; values that are positive and span more than two decades get a
     logarithmic axis.
@@ -114,32 +114,42 @@ def curves(name: str, title: str, epochs: Sequence[int], lines: Sequence[Line], 
         axes.set_ylabel(unit)
         axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
 
-    return _picture(name, title, draw, legend=len(lines))
+    return _picture(name, title, draw, legend=[line.label for line in lines], left=0.92)
 
 
 def bars(
-    name: str, title: str, labels: Sequence[str], values: Sequence[Sequence[float]], kinds: Sequence[str]
+    name: str,
+    title: str,
+    labels: Sequence[str],
+    values: Sequence[Sequence[float]],
+    kinds: Sequence[str],
+    *,
+    unit: str,
+    signed: bool = False,
 ) -> Picture:
-    """Horizontal bars, the first at the top; one row of `values` for each kind.
+    """Horizontal bars of what `unit` says, the first at the top; one row of `values` for each kind.
 
-    Without a second kind a bar's colour says whether its value is positive.
+    `signed`: of one kind, a bar's colour says whether its value is positive.
     """
 
-    def draw(axes: "Axes") -> None:
+    def draw(axes: Any) -> None:
         height = 0.8 / len(kinds)
         for k, (kind, row) in enumerate(zip(kinds, values, strict=True)):
             places = [i + (k + 0.5) * height - 0.4 for i in range(len(labels))]
             signs = [COLORS[2] if value >= 0 else COLORS[3] for value in row]
-            axes.barh(places, row, height, color=signs if len(kinds) == 1 else COLORS[k], label=kind)
+            axes.barh(places, row, height, color=signs if signed else COLORS[k], label=kind)
         axes.set_yticks(range(len(labels)), labels)
         axes.set_ylim(len(labels) - 0.4, -0.6)
         axes.axvline(0, color=INK, lw=0.8)
         axes.grid(visible=False, axis="y")
-        axes.set_xlabel(kinds[0] if len(kinds) == 1 else "")
+        whole = all(float(value).is_integer() for row in values for value in row)
+        axes.xaxis.get_major_locator().set_params(integer=whole, nbins=6)
+        axes.set_xlabel(unit)
 
-    legend = len(kinds) if len(kinds) > 1 else 0
-    longest = max(map(len, labels), default=0)
-    return _picture(name, title, draw, legend=legend, height=1.0 + 0.19 * len(labels), left=0.16 + 0.062 * longest)
+    legend = kinds if len(kinds) > 1 else []
+    left = 0.18 + 0.062 * max(map(len, labels), default=0)
+    width, height = max(4.4, left + 2.6), 1.0 + 0.19 * len(labels)
+    return _picture(name, title, draw, legend=legend, width=width, height=height, left=left)
 
 
 def tiles(name: str, title: str, rows: Sequence[Sequence[np.ndarray]], columns: Sequence[str]) -> Picture:
@@ -198,8 +208,8 @@ def _picture(
     title: str,
     draw: Callable[[Any], None],
     *,
-    legend: int = 0,
-    width: float = 5.2,
+    legend: Sequence[str] = (),
+    width: float = 4.4,
     height: float = 2.3,
     left: float = 0.62,
     svg: bool = True,
@@ -211,8 +221,9 @@ def _picture(
 
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a class name in another script: PNGs have boxes
-        per_row = 4
-        above, below = 0.34, 0.5 + 0.19 * -(-legend // per_row)
+        # A character of its text is 0.075 inches wide, the line before it and the gap behind it 0.3.
+        per_row = int(max(1, min(4, width / (0.3 + 0.075 * max(map(len, legend), default=0)))))
+        above, below = 0.34, 0.5 + 0.19 * -(-len(legend) // per_row)
         whole = height + above + below
         figure = Figure(figsize=(width, whole))
         FigureCanvasAgg(figure)

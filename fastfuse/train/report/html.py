@@ -63,9 +63,13 @@ def details(title: str, content: str) -> str:
     return f"<details><summary>{escape(title)}</summary>{content}</details>"
 
 
-def panels(pictures: Iterable[Picture]) -> str:
-    """Drawings, as many side by side as there is room for."""
-    return '<div class="panels">' + "".join(f"<figure>{picture.svg}</figure>" for picture in pictures) + "</div>"
+def panels(pictures: Iterable[Picture], *, kind: str = "") -> str:
+    """Drawings, as many side by side as there is room for; `kind` "large": fewer."""
+    return (
+        f'<div class="{f"panels {kind}".strip()}">'
+        + "".join(f"<figure>{picture.svg}</figure>" for picture in pictures)
+        + "</div>"
+    )
 
 
 def paragraph(text: str, kind: str = "") -> str:

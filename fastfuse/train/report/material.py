@@ -77,11 +77,18 @@ class Group:
 def gather(paths: Sequence[Path]) -> list[Group]:
     """Runs from their folders, finished ones that differ in nothing but the seed together.
 
+    The run that --baseline has made in a run's folder comes with it, once it has results.
+
     Raises:
         InputError: no run, no epoch that has ended, or files that are damaged.
     """
-    groups = grouped([read_run(Path(path)) for path in dict.fromkeys(paths)])
+    baselines = [path / "independent" for path in map(Path, paths) if _any_text(path / "independent" / "metrics.jsonl")]
+    groups = grouped([read_run(path) for path in dict.fromkeys([*map(Path, paths), *baselines])])
     return [_group(runs, label) for runs, label in zip(groups, _labels(groups), strict=True)]
+
+
+def _any_text(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _labels(groups: list[list[Run]]) -> list[str]:

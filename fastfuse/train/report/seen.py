@@ -80,8 +80,8 @@ def _differences(file: str, title: str, names: Sequence[str], difference: np.nda
     largest.sort(key=lambda k: -difference[k])
     if len(names) > CLASSES:
         title += f": {CLASSES} classes that differ most"
-    labels, kind = [_short(names[k]) for k in largest], "difference of accuracy, percentage points"
-    return figures.bars(file, title, labels, [difference[largest].tolist()], [kind])
+    labels, unit = [_short(names[k]) for k in largest], "difference of accuracy, percentage points"
+    return figures.bars(file, title, labels, [difference[largest].tolist()], [""], unit=unit, signed=True)
 
 
 def confusion(groups: Sequence[Group]) -> Part:
@@ -103,8 +103,7 @@ def confusion(groups: Sequence[Group]) -> Part:
             continue
         labels = [f"{_short(names[pair.true])} → {_short(names[pair.taken])}" for pair in pairs]
         values = [[pair.ours for pair in pairs], [pair.other for pair in pairs]][: len(kinds)]
-        kinds_shown = kinds if other is not None else ["images"]
-        pictures.append(figures.bars(f"confusion-{g}", f"{title} (images)", labels, values, kinds_shown))
+        pictures.append(figures.bars(f"confusion-{g}", title, labels, values, kinds, unit="test images"))
         rows = []
         for pair in pairs:
             numbers = [pair.ours] if other is None else [pair.ours, pair.other, pair.ours - pair.other]
@@ -126,7 +125,8 @@ def _against(ready: Sequence[Group]) -> tuple[Group | None, list[Group], str]:
     other = next((group for group in ready if group.method == "independent"), None)
     if other is None:
         text = (
-            "None of these runs is one of the method independent with kept answers: there is nothing to hold against."
+            "No run of the method independent is among these, or it has kept no answers: there is nothing to compare "
+            "with. Train one with --baseline, or give its folder to fastfuse report too."
         )
         return None, [], html.paragraph(text, "quiet")
     theirs = list(other.kept.values())

@@ -11,8 +11,40 @@ from fastfuse.train.report.figures import Line, Picture
 from fastfuse.train.report.material import Curve, Group
 
 Part = tuple[str, list[Picture]]
+# Kinds of loss terms that nobody can guess from their name.
+KINDS = {"ce": "cross-entropy (ce)", "kl": "KL divergence (kl)", "dml": "KL among students (dml)"}
 # A loss term is its network's or transform's name and a kind, as student0_ce or transform_leader_feature.
 _TERM = re.compile(r"(val_\w+?\d*|transform_[a-z]+|[a-z]+\d*)_(.+)")
+
+
+def headline(groups: Sequence[Group]) -> str:
+    """A sentence for each group: the accuracy of what it deploys, against `independent` on the same data."""
+    found = compared([group.runs for group in groups])["accuracy"]["deployed"]["last"]
+    both = [(group, value) for group, value in zip(groups, found, strict=True) if value is not None]
+    plain = next((pair for pair in both if pair[0].method == "independent"), None)
+    lines = []
+    for group, value in both:
+        line = f"{group.label}: {group.deployed} {_spread(value)}"
+        if plain is not None and plain[0] is not group and _data(plain[0]) == _data(group):
+            line += _difference(value, plain[1], plain[0].label)
+        lines.append(html.paragraph(line + ".", "headline"))
+    return "".join(lines)
+
+
+def _difference(value: Mapping[str, Any], other: Mapping[str, Any], label: str) -> str:
+    difference, deviations = value["mean"] - other["mean"], (value["sd"], other["sd"])
+    text = f", {difference:+.2f} points against {label}"
+    if None in deviations:
+        return text + "; one seed does not say whether that is chance"
+    return text + (", no more than the deviation over seeds" if abs(difference) <= max(deviations) else "")
+
+
+def _data(group: Group) -> list[Any]:
+    return [group.runs[0].told.get(name) for name in ("data", "data_path", "data_root")]
+
+
+def _spread(value: Mapping[str, Any]) -> str:
+    return f"{value['mean']:.2f} %" if value["sd"] is None else f"{value['mean']:.2f} ± {value['sd']:.2f} %"
 
 
 def results(groups: Sequence[Group]) -> Part:
@@ -34,7 +66,8 @@ def results(groups: Sequence[Group]) -> Part:
     note = f"Top-1 accuracy on the test images, percent; best epoch chosen on the {' or '.join(chosen)} images"
     if any(len(group.seeds) > 1 for group in groups):
         note += "; mean ± sample deviation over seeds"
-    return html.paragraph(note + ".", "quiet") + html.table("results-table", headings, rows), []
+    table = html.table("results-table", headings, rows)
+    return headline(groups) + html.paragraph(note + ".", "quiet") + table, []
 
 
 def accuracy(groups: Sequence[Group]) -> Part:
@@ -52,13 +85,20 @@ def accuracy(groups: Sequence[Group]) -> Part:
         own = [
             Line(name, curve, i, thick=name == group.deployed) for i, (name, curve) in enumerate(group.accuracy.items())
         ]
-        pictures.append(figures.curves(f"accuracy-{g}", f"{group.label}: networks", group.epochs, own, unit="top-1 %"))
+        if len(own) > 1 or len(lines) < 2:  # else the panel before has it
+            title = f"{group.label}: networks"
+            pictures.append(figures.curves(f"accuracy-{g}", title, group.epochs, own, unit="top-1 %"))
         tables.append(
             html.details(
                 f"{group.label}: accuracy by epoch", html.by_epoch(f"accuracy-{g}", group.epochs, group.accuracy)
             )
         )
-    return html.panels(pictures) + "".join(tables), pictures
+    note = ""
+    if any(name.endswith(("ensemble", "oracle")) for group in groups for name in group.accuracy):
+        note = html.paragraph(
+            "The ensemble is the students' mean logits; the oracle is right where any student is.", "quiet"
+        )
+    return note + html.panels(pictures, kind="large") + "".join(tables), pictures
 
 
 def losses(groups: Sequence[Group]) -> Part:
@@ -68,13 +108,14 @@ def losses(groups: Sequence[Group]) -> Part:
         return html.paragraph("No run has noted its loss terms.", "absent"), []
     longest = max((group.epochs for group in groups), key=len)
     lines = [Line(group.label, group.losses["loss"], g) for g, group in with_sum]
-    pictures = [figures.curves("loss", "Whole loss", longest, lines)]
+    pictures = [figures.curves("loss", "Whole loss", longest, lines, unit="loss")]
     tables = []
     for g, group in with_sum:
         for kind, terms in by_kind(group.losses).items():
             own = [Line(owner, curve, _index(group, owner, i)) for i, (owner, curve) in enumerate(terms.items())]
             file = f"loss-{g}-{re.sub(r'[^a-z0-9]+', '-', kind)}"
-            pictures.append(figures.curves(file, f"{group.label}: {kind}", group.epochs, own))
+            title = f"{group.label}: {KINDS.get(kind, kind.replace('_', ' '))}"
+            pictures.append(figures.curves(file, title, group.epochs, own, unit="loss"))
         tables.append(
             html.details(f"{group.label}: terms by epoch", html.by_epoch(f"losses-{g}", group.epochs, group.losses))
         )
@@ -109,15 +150,15 @@ def schedule(groups: Sequence[Group]) -> Part:
     index = {group.label: g for g, group in enumerate(groups)}
     longest = max((group.epochs for group in groups), key=len)
     pictures, content = [], ""
-    for name, title, curves in (
-        ("learning-rate", "Learning rate", rates),
-        ("ramps", "Factor of the distillation terms (ramp)", ramps),
+    for name, title, unit, curves in (
+        ("learning-rate", "Learning rate", "learning rate", rates),
+        ("ramps", "Factor of the distillation terms (ramp)", "factor", ramps),
     ):
         if not curves:
             content += html.paragraph(f"{title}: none of these runs has one.", "quiet")
             continue
         lines = [Line(label, curve, index[label]) for label, curve in curves.items()]
-        pictures.append(figures.curves(name, title, longest, lines))
+        pictures.append(figures.curves(name, title, longest, lines, unit=unit))
         content += html.details(f"{title} by epoch", _overlaid(f"{name}-table", longest, curves))
     return html.panels(pictures) + content, pictures
 
