@@ -13,12 +13,27 @@ import torch
 from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 # The view stays within a screen: of many replicas the first networks and terms are shown, and how many there are.
 NETWORKS, TERMS = 24, 30
+
+
+class _TimeLeft(TimeRemainingColumn):
+    """Says that it is the time left: another time stands beside it."""
+
+    def render(self, task: Task) -> Text:
+        return Text("") if task.finished else super().render(task).append(" left")
 
 
 class Display:
@@ -61,7 +76,7 @@ class Display:
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            _TimeLeft(),
             console=self.console,
             disable=not self.live,
         )

@@ -57,12 +57,21 @@ def test_the_live_view_has_all_that_is_promised(clock):
             view.step(2, step, {"loss": 2.25, "student0_ce": 2.0, "leader_kl": 0.125}, images=100)
         text = shown(view)
     assert "epoch 3/10  step 2/40  loss 2.2500  50 images/s" in text
-    assert "82/400" in text and re.search(r"0:0\d:\d\d|-:--:--", text)  # the bar, and the time left
+    assert re.search(
+        r"82/400 \d:\d\d:\d\d (\d:\d\d:\d\d|-:--:--) left\n", text
+    )  # the time that has passed, and what is left
     assert (
         "top-1 % after epoch 2 (best)" in text and "leader 70.00 (72.50)" in text and "student0 60.00 (60.00)" in text
     )
     assert "student0_ce 2" in text and "leader_kl 0.125" in text and "loss 2.25 " not in text
     assert re.search(r"peak memory \d+\.\d\d GiB", text)
+
+
+def test_at_the_end_there_is_no_time_left(clock):
+    view = make()
+    with view:
+        view.step(9, 40, {}, images=100)
+        assert re.search(r"400/400 \d:\d\d:\d\d *\n", shown(view))
 
 
 def test_before_the_first_look_at_the_loss_the_last_epochs_terms_stand(clock):
