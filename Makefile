@@ -82,7 +82,7 @@ lint: .venv/.installed-test
 # pip is written last when an environment is made, and its date says nothing about the package: hence order-only.
 .venv/.installed: pyproject.toml setup.py | .venv/bin/pip
 	@echo "Installing fastfuse with PyTorch into .venv (5 GB, minutes the first time)"
-	@.venv/$(PIP_INSTALL) --editable .
+	@.venv/$(PIP_INSTALL) --editable ".[plot]"
 	@touch $@
 
 .venv/.installed-test: .venv/.installed
