@@ -15,10 +15,12 @@ def build(folder: Path) -> None:
         Warning: a docstring, annotation or name that pdoc complains about.
     """
     import pdoc
+    import torch
 
     import fastfuse
 
     warnings.simplefilter("error")
+    torch.nn.Module.__init__.__doc__ = None  # would stand at every module of ours, and says nothing about it
     # Its public names load when first used; pdoc looks for them where they will then be.
     for name in fastfuse.__all__:
         vars(fastfuse)[name] = getattr(fastfuse, name)

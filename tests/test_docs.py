@@ -82,6 +82,7 @@ def test_every_public_name_has_an_entry_with_its_docstring(pages, page):
 def test_pages_exist_for_every_public_module(pages):
     names = [file.relative_to(pages).with_suffix("").as_posix() for file in pages.rglob("*.html")]
     assert {"index", "fastfuse", *(f"fastfuse/{module}" for module in MODULES)} <= set(names)
+    assert not [name for name in names if "ScriptModule" in (pages / f"{name}.html").read_text()]  # torch's own words
 
 
 @pytest.mark.long
