@@ -15,12 +15,15 @@ def build(folder: Path) -> None:
         Warning: a docstring, annotation or name that pdoc complains about.
     """
     import pdoc
+    import pdoc.doc_ast
     import torch
 
     import fastfuse
 
     warnings.simplefilter("error")
-    torch.nn.Module.__init__.__doc__ = None  # would stand at every module of ours, and says nothing about it
+    # Would stand at every module of ours, and says nothing about it; pdoc looks in the source as well, once.
+    torch.nn.Module.__init__.__doc__ = None
+    pdoc.doc_ast.walk_tree(torch.nn.Module).func_docstrings.pop("__init__")
     # Its public names load when first used; pdoc looks for them where they will then be.
     for name in fastfuse.__all__:
         vars(fastfuse)[name] = getattr(fastfuse, name)
