@@ -384,7 +384,7 @@ def test_a_wrong_option_is_refused(run, refused, options, message):
 
 
 def test_a_folder_that_cannot_serve_is_refused(run, tiny_npz, refused, tmp_path):
-    assert "needs a run folder" in refused(command=["export"])
+    assert "needs one run folder, not 0" in refused(command=["export"])
     assert "is not a run folder" in refused(command=["export", str(tmp_path)])
     broken = tmp_path / "broken"
     broken.mkdir()

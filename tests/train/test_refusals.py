@@ -242,7 +242,7 @@ def test_a_damaged_configuration(train, refused, text):
 
 def test_eval_of_what_is_no_run(refused, tmp_path):
     assert "config.json" in refused(command=["eval", str(tmp_path)])
-    assert "needs a run folder" in refused(command=["eval"])
+    assert "needs one run folder" in refused(command=["eval"])
     assert "did you mean train" in refused(command=["trian"])
 
 
