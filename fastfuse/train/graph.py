@@ -81,9 +81,25 @@ class Captured(Generic[T]):
         if not warm:
             warm_up(function, state, stream=stream)
         self.graph = torch.cuda.CUDAGraph()
+        self.result = self._capture(function, pool, stream)
+
+    def _capture(self, function: Callable[[], T], pool: Any, stream: torch.cuda.Stream | None) -> T:
+        """Note the work; the stream that was current is so again, whatever happens."""
+        reason: Exception | None = None
         # What other threads do meanwhile, such as page-locking the next batch, is no part of the capture.
-        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            self.result = function()
+        capturing = torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+        try:
+            with torch.cuda.stream(torch.cuda.current_stream()), capturing:
+                try:
+                    return function()
+                except Exception as error:
+                    reason = error
+                    raise
+        except RuntimeError:
+            # Ending a capture that was cut short can fail as well: it says less, and its stream stays the current one.
+            if reason is not None:
+                raise reason from None
+            raise
 
     def __call__(self) -> T:
         """Do the work; the result is the same tensors every time, with new values."""

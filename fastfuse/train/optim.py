@@ -1,5 +1,6 @@
 """The combined update: SGD for networks and fusion head, Adam for transforms."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -70,7 +71,9 @@ class Optimizers:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = torch.zeros_like(parameter)
-            optimizer.step()
+            with warnings.catch_warnings():  # once: of a step outside of a capture, which is meant to be one
+                warnings.filterwarnings("ignore", ".*capturable=True")
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             for state in optimizer.state.values():
                 for value in state.values():
@@ -89,6 +92,7 @@ class Optimizers:
     def step(self, scaler: torch.amp.GradScaler | None = None) -> None:
         """One update of everything; through the gradient scaler if there is one."""
         if scaler is not None:
+            scaler._per_optimizer_states.clear()  # a capture that failed half-way leaves its own behind
             for optimizer in self.optimizers:
                 scaler.unscale_(optimizer)
         if self.clip_norm is not None:
@@ -173,5 +177,6 @@ def build_optimizers(
     # fused: one kernel per group of tensors, a learning rate on the device, loss scaling without a host wait.
     built: list[torch.optim.Optimizer] = [torch.optim.SGD(groups.sgd, lr=SETTINGS["lr"], fused=True)]
     if groups.adam:
-        built.append(torch.optim.Adam(groups.adam, fused=True))
+        # capturable: without it Adam refuses to be captured, though the fused kernel is the same.
+        built.append(torch.optim.Adam(groups.adam, fused=True, capturable=True))
     return Optimizers(method, built, clip_norm=clip_norm, skip_bad=skip_bad)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastfuse.train import graph as module
 
-WAITS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "_to_copy"}
+# Besides reads: a tensor made of numbers of the host would be a copy that waits, and that a capture refuses.
+WAITS = {"lift_fresh", "_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "_to_copy"}
 
 
 class Seen(TorchDispatchMode):
@@ -25,6 +27,18 @@ class Seen(TorchDispatchMode):
         if name != "_to_copy" or (kwargs or {}).get("device", args[0].device) != args[0].device:
             self.names.add(name)
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def capturing() -> Iterator[None]:
+    """A block in which optimizers, however they ask, take the current stream for one that is being captured."""
+    stream = SimpleNamespace(is_capturing=lambda: True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+        patch.setattr(torch.accelerator, "current_stream", lambda: stream)
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        yield
 
 
 class Recorded:
@@ -62,10 +76,13 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
         # The work of the capture is undone, since a real one only notes it.
         saved = [(x, x.detach().clone()) for x in recorded.state()]
         graphs.append(recorded)
-        yield
-        with torch.no_grad():
-            for x, before in saved:
-                x.copy_(before)
+        try:
+            with capturing():
+                yield
+        finally:
+            with torch.no_grad():
+                for x, before in saved:
+                    x.copy_(before)
 
     original = module.Captured.__init__
 

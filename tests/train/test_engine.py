@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -128,6 +128,30 @@ def test_a_capture_that_fails_ends_the_run_only_if_it_was_asked_for(fall_back, r
     assert not graphed.graphed and caplog.messages == [
         "training goes on without CUDA graphs: a capture failed (operation not permitted when stream is capturing)"
     ]
+    for ours, theirs in zip(graphed.tensors(), eager.tensors(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_capture_cut_short_says_why_and_the_run_goes_on(recorded_graphs, monkeypatch, caplog):
+    """The optimizer refuses half-way through an update with loss scaling, and the capture can then not be ended."""
+    graphed, eager = (make("ffsd", graphed=g, amp="fp16", clip_norm=1.0) for g in (True, False))
+    graphed.fall_back = True
+    graphed.step.optimizers.optimizers[1].param_groups[0]["capturable"] = False
+
+    ending = torch.cuda.graph
+
+    @contextmanager
+    def unending(*arguments: object, **options: object):
+        try:
+            with ending(*arguments, **options):
+                yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "graph", unending)
+    run_epoch(graphed)
+    run_epoch(eager)
+    assert "capturable is False" in caplog.text and "previous error" not in caplog.text
     for ours, theirs in zip(graphed.tensors(), eager.tensors(), strict=True):
         assert torch.equal(ours, theirs)
 
