@@ -53,13 +53,38 @@ def trace(network: nn.Module) -> fx.GraphModule:
     """
     name, blank = type(network).__name__, copy.deepcopy(network).to("meta")
     try:
-        training, evaluation = (fx.symbolic_trace(blank.train(mode)) for mode in (True, False))
+        training, evaluation = (_traced(blank.train(mode)) for mode in (True, False))
     except Exception as error:  # what a tracer stumbles over can raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise refusal(f"the forward of {name}", f"it cannot be traced ({reason})") from error
     if training.code != evaluation.code:
         raise refusal(f"the forward of {name}", "it is another one in evaluation than in training")
     return training
+
+
+class _Tracer(fx.Tracer):
+    """Stumbles where a forward leaves autocast, of which the graph would know nothing."""
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """As of any tracer."""
+        if not all(torch.is_autocast_enabled(kind) for kind in _AUTOCAST):
+            raise TypeError("it switches autocast off")
+        return super().create_node(*args, **kwargs)
+
+
+_AUTOCAST = ("cpu", "cuda")
+
+
+def _traced(network: nn.Module) -> fx.GraphModule:
+    before = [torch.is_autocast_enabled(kind) for kind in _AUTOCAST]
+    tracer = _Tracer()
+    try:
+        for kind in _AUTOCAST:
+            torch.set_autocast_enabled(kind, True)
+        return fx.GraphModule(network, tracer.trace(network), type(network).__name__)
+    finally:
+        for kind, enabled in zip(_AUTOCAST, before, strict=True):
+            torch.set_autocast_enabled(kind, enabled)
 
 
 def kinds_of(traced: fx.GraphModule) -> dict[fx.Node, Any]:

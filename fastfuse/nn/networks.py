@@ -12,6 +12,7 @@ from torch.fx.node import map_aggregate
 from fastfuse.errors import InputError
 from fastfuse.functional import in_step
 from fastfuse.nn._in_step import graph_of, walk
+from fastfuse.nn.casts import cast_together, layers_of
 from fastfuse.nn.stacked import stack, unstack
 from fastfuse.nn.strategy import resolve_strategy
 
@@ -28,19 +29,28 @@ class Networks(nn.Module):
     Attributes:
         strategy: "loop", "branches" or "grouped".
         replicas: number of image batches side by side that they read; the first networks belong to the first.
+        casts_together: whether all weights are cast in one launch under autocast, and all their gradients in one at the
+            end of the backward.
     """
 
     stacked: Any  # a `Stacked`, where the strategy is grouped
+    _cast: list[nn.Module] | None = None
     _graphs: list[fx.Graph | None] | None = None
 
     def __init__(self, networks: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.strategy, self.replicas = "loop", 1
+        self.strategy, self.replicas, self.casts_together = "loop", 1, True
         self._set_members(networks)
         self._count = len(self._modules)
 
     def forward(self, images: Tensor) -> list[Any]:
         """[N, 3 R, H, W] to what each network gives; of stacked networks in views of the stacked maps."""
+        if self.casts_together and self.strategy != "branches":  # whose streams would read what is another's
+            with cast_together(self._layers, images.device.type):
+                return self._outputs(images)
+        return self._outputs(images)
+
+    def _outputs(self, images: Tensor) -> list[Any]:
         if self.strategy == "grouped":
             return self.stacked.apart(self.stacked(images))
         own = images.chunk(self.replicas, 1)
@@ -85,7 +95,7 @@ class Networks(nn.Module):
         elif grouped:
             self._modules.clear()
             self._set_members(members)
-        self.strategy, self.replicas = chosen, replicas
+        self.strategy, self.replicas, self._cast = chosen, replicas, None
         return chosen
 
     def keep_in_step(self) -> None:
@@ -154,6 +164,11 @@ class Networks(nn.Module):
         self._need_members()
         members: Any = self._modules
         return members[str(self._position(index))]
+
+    def _layers(self) -> list[nn.Module]:
+        if self._cast is None:
+            self._cast = layers_of([self.stacked] if self.strategy == "grouped" else list(self))
+        return self._cast
 
     def _set_members(self, networks: Iterable[nn.Module]) -> None:
         for i, network in enumerate(networks):

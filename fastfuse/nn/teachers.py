@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastfuse.errors import InputError, unknown_name
 from fastfuse.nn._stacked_checks import are_alike
+from fastfuse.nn.casts import cast_together, layers_of
 from fastfuse.nn.folding import folded
 from fastfuse.nn.stacked import stack
 from fastfuse.nn.strategy import STRATEGIES
@@ -27,6 +28,8 @@ class Teachers(nn.Module):
         strategy: "loop" or "grouped".
     """
 
+    _cast: list[nn.Module] | None = None
+
     def __init__(self, networks: Iterable[nn.Module]) -> None:
         super().__init__()
         # In lists, so that they are no submodules.
@@ -36,7 +39,7 @@ class Teachers(nn.Module):
 
     def forward(self, images: Tensor) -> list[Any]:
         """[B, 3, H, W] to what each network gives, in the order given; of stacked ones in views of stacked maps."""
-        with torch.no_grad():
+        with torch.no_grad(), cast_together(self._layers, images.device.type):
             found: list[Any] = []
             running: Any = self._running
             for network, count in zip(running, self._counts, strict=True):
@@ -85,9 +88,15 @@ class Teachers(nn.Module):
     def __len__(self) -> int:
         return len(self._plain)
 
+    def _layers(self) -> list[nn.Module]:
+        if self._cast is None:
+            self._cast = layers_of(self._running)
+        return self._cast
+
     def _set_running(self, pairs: Sequence[tuple[nn.Module, list[int]]]) -> None:
         """What runs, each with the positions of the networks in it."""
         self._running = [network for network, _ in pairs]
+        self._cast = None
         self._counts = [len(members) for _, members in pairs]
         members = [i for _, own in pairs for i in own]
         self._order = [members.index(i) for i in range(len(members))]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastfuse.methods.base import Method, MethodOutput
+from fastfuse.nn import Networks
 from fastfuse.nn.sync_norm import synchronise
 from fastfuse.train.buffers import Buffers
 from fastfuse.train.distributed import ALONE, Processes, wrapped
@@ -62,6 +63,9 @@ class TrainStep:
             self.scaler.scale(torch.zeros((), device=device))  # makes the scale, which otherwise the first step would
         self.accumulate, self.processes, self.share = accumulate, processes, processes.share
         together = processes.count > 1
+        for networks in method.modules():
+            if isinstance(networks, Networks):  # of several processes gradients travel as they arise
+                networks.casts_together = not together
         self._across = synchronise(method) if together and sync_batchnorm else None
         self._forward: Any = _compiled(method) if compiled else method
         self.stream = torch.cuda.Stream() if together and graphed else None
