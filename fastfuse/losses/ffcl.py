@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastfuse import functional
 from fastfuse.losses.ramps import sigmoid_rampup
+from fastfuse.losses.weighing import Weighed, Weights, summed
 from fastfuse.nn.fusion import fuse_all
 
 if TYPE_CHECKING:
@@ -46,8 +47,13 @@ def ramp(progress: float | Tensor, rampup_epochs: float) -> float | Tensor:
     return sigmoid_rampup(progress, rampup_epochs)
 
 
-def terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> tuple[dict[str, Tensor], list[Tensor], Tensor]:
-    """All terms as they enter the sum, the logits of each fusion head and the detached fused map of the last stage.
+def weights_of(loss: "FusionLoss") -> Weights:
+    """None: terms are weighed one by one."""
+    return Weights([], [])
+
+
+def terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> tuple[Weighed, list[Tensor], Tensor]:
+    """The weighted sum of all losses, the logits of each fusion head and the detached fused map of the last stage.
 
     Args:
         loss: holds the fusion heads and the hyper-parameters.
@@ -71,31 +77,32 @@ def terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> tuple[d
         teachers=learns_from,
         ensemble=peers,
     )
+    cross_entropies, divergences = cross_entropy.unbind(0), divergence.unbind(0)
     regularized = hyper["regularization"] != "off"
     share = hyper["regularization_weight"] if regularized else 0.0
     distances = _distances(loss, maps, [own.fused.detach() for own in (fused, *shallower)])
     found = {}
     for i in peers:
-        found[f"student{i}_ce"] = (1 - share) * cross_entropy[i]
-        found[f"student{i}_response"] = hyper["response_weight"] * weight * divergence[i]
-        found[f"student{i}_peers"] = hyper["peer_weight"] * weight * divergence[count + 1 + i]
+        found[f"student{i}_ce"] = (1 - share) * cross_entropies[i]
+        found[f"student{i}_response"] = hyper["response_weight"] * weight * divergences[i]
+        found[f"student{i}_peers"] = hyper["peer_weight"] * weight * divergences[count + 1 + i]
         for depth in range(loss.fused_stages):
             name = f"student{i}_feature{depth + 1 if depth else ''}"
             found[name] = hyper["attention_weight"] * weight * distances[depth * count + i]
     if regularized:
         found |= {f"student{i}_regularization": share * own for i, own in enumerate(_regularization(hyper, batch))}
     for name, row in zip(heads, [count, *range(2 * count + 1, len(learns_from))], strict=True):
-        found[f"{name}_ce"] = cross_entropy[row]
-        found[f"{name}_kl"] = weight * divergence[row]
-    return found, [own.logits for own in (fused, *shallower)], fused.fused.detach()
+        found[f"{name}_ce"] = cross_entropies[row]
+        found[f"{name}_kl"] = weight * divergences[row]
+    return summed(found), [own.logits for own in (fused, *shallower)], fused.fused.detach()
 
 
-def _distances(loss: "FusionLoss", maps: list[list[Tensor]], fused: list[Tensor]) -> Sequence[Tensor] | Tensor:
+def _distances(loss: "FusionLoss", maps: list[list[Tensor]], fused: list[Tensor]) -> Sequence[Tensor]:
     """How far every peer's map of a stage is from the fused one; of all peers of the first stage first."""
     kind = loss.hyperparameters["feature_distance"]
     pairs = [(m, target) for own, target in zip(maps, fused, strict=True) for m in own]
     if kind == "attention":
-        return functional.attention_mse(*map(list, zip(*pairs, strict=True)))
+        return functional.attention_mse(*map(list, zip(*pairs, strict=True))).unbind(0)
     connected = [m for depth, own in enumerate(maps, start=1) for m in loss.connected(own, depth)]
     if kind == "mse":
         return [functional.feature_mse([m], target) for m, (_, target) in zip(connected, pairs, strict=True)]

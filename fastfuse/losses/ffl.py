@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fastfuse import functional
 from fastfuse.losses.ramps import sigmoid_rampup
+from fastfuse.losses.weighing import Weighed, Weights, weighed
 
 if TYPE_CHECKING:
     from fastfuse.losses._checks import Batch
@@ -19,8 +20,15 @@ def ramp(progress: float | Tensor, rampup_epochs: float) -> float | Tensor:
     return sigmoid_rampup(progress, rampup_epochs)
 
 
-def terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> tuple[dict[str, Tensor], list[Tensor], Tensor]:
-    """All terms as they enter the sum, the logits of each fusion head and the detached fused map.
+def weights_of(loss: "FusionLoss") -> Weights:
+    """Of every value of `terms`, in its order."""
+    heads = len(loss.feature_channels) + 1
+    plain, none = [1.0] * heads, [0.0] * heads
+    return Weights([*plain, *none], [*none, *plain])
+
+
+def terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> tuple[Weighed, list[Tensor], Tensor]:
+    """The weighted sum of all losses, the logits of each fusion head and the detached fused map.
 
     The fused head's losses reach the sub-networks: the fusion input is not detached, unlike FFSD's.
     """
@@ -34,8 +42,7 @@ def terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> tuple[d
         ensemble=range(count),
         target_epsilon=loss.hyperparameters["kl_target_epsilon"],
     )
-    found = {}
-    for i, name in enumerate([*(f"student{i}" for i in range(count)), "fusion"]):
-        found[f"{name}_ce"] = cross_entropy[i]
-        found[f"{name}_kl"] = weight * divergence[i]
+    heads = [*(f"student{i}" for i in range(count)), "fusion"]
+    names = [f"{name}_{kind}" for kind in ("ce", "kl") for name in heads]
+    found = weighed([cross_entropy, divergence], loss.weights.at(weight), names)
     return found, [fused.logits], fused.fused.detach()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastfuse import functional
 from fastfuse.losses.ramps import sigmoid_rampup
+from fastfuse.losses.weighing import Weighed, Weights, weighed
 from fastfuse.nn.fusion import fuse_and_mirror
 from fastfuse.nn.transforms import transform_all
 
@@ -27,18 +28,31 @@ DIVERSITY_MODES = ("published", "normalized")
 
 def ramp(progress: float | Tensor, rampup_epochs: float) -> float | Tensor:
     """Warm-up of all three lambdas; the published program counts its epochs from 1."""
-    return sigmoid_rampup(progress + 1, rampup_epochs)
+    return sigmoid_rampup(progress, rampup_epochs, first=1)
 
 
-def terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> tuple[dict[str, Tensor], list[Tensor], Tensor]:
-    """All terms as they enter the sum, the logits of each fusion head and the detached fused map.
+def weights_of(loss: "FusionLoss") -> Weights:
+    """Of every value of `terms`, in its order."""
+    hyper = loss.hyperparameters
+    students, leader = len(loss.feature_channels), loss.leader_channels is not None
+    stages = len(loss.feature_channels[0]) - 1 if loss.transforms else 0  # that transforms imitate
+    plain = [1.0] * (2 * (students + 1 + leader))
+    # Published: the weight of students' self-distillation is that of diversity, not one of its own.
+    diversity = [hyper["lambda_diversity"]] * (students - 1)
+    fusion = [hyper["lambda_fusion"]] * leader
+    learning = [hyper["lambda_self_distillation"]] * (2 * len(loss.transforms) * stages)
+    ramped = [*diversity, *fusion * 2, *diversity * stages, *fusion * stages, *learning]
+    return Weights([*plain, *[0.0] * len(ramped)], [*[0.0] * len(plain), *ramped])
+
+
+def terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> tuple[Weighed, list[Tensor], Tensor]:
+    """The weighted sum of all losses, the logits of each fusion head and the detached fused map.
 
     Args:
         loss: holds the modules and hyper-parameters.
         batch: checked features, logits and labels.
         weight: the warm-up factor of the lambdas.
     """
-    hyper = loss.hyperparameters
     students = batch.features
     count = len(students)
     own = [maps[-1].detach() for maps in students]
@@ -57,43 +71,41 @@ def terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> tuple[d
         heads.append(batch.leader_logits)
         teachers.append([count])
     cross_entropy, divergence, _ = functional.peer_kl_ce(
-        heads, batch.labels, temperature=hyper["temperature"], teachers=teachers, ensemble=range(count)
+        heads,
+        batch.labels,
+        temperature=loss.hyperparameters["temperature"],
+        teachers=teachers,
+        ensemble=range(count),
     )
 
     # Every target of a transform is made (running statistics) before any transform trains (batch statistics).
-    found: dict[str, Tensor] = {}
-    pairs = _AttentionPairs()
-    diversity_weight = hyper["lambda_diversity"] * weight
-    fusion_weight = hyper["lambda_fusion"] * weight
     compared = [maps[-1] for maps in students[1:]]
     references = [at_size(target, x) for target, x in zip(own[:-1], compared, strict=True)]
     distances, shifted = _diversity(loss, compared, references)
-    distances = (diversity_weight * distances).unbind(0)
     targets = _targets(loss, batch, [*shifted, fused_map])
-    for i in range(count):
-        found[f"student{i}_ce"] = cross_entropy[i]
-        found[f"student{i}_dml"] = divergence[i]
-        if i == 0:
-            continue
-        found[f"student{i}_diversity"] = distances[i - 1]
-        if loss.transforms:
-            # Published: the weight is that of diversity, not one of its own.
-            name = f"student{i}"
-            pairs.add(f"{name}_self_distillation", diversity_weight, students[i][:-1], targets[name])
-    found["fusion_ce"] = cross_entropy[count]
-    found["fusion_kl"] = divergence[count]
-    if batch.leader_logits is not None:
-        found["leader_ce"] = cross_entropy[count + 1]
-        found["leader_kl"] = divergence[count + 1]
-        pairs.add("leader_fusion", fusion_weight, [leader[-1]], [fused_attention])
+    names = [f"student{i}" for i in range(count)]
+    singles = [f"{name}_{kind}" for kind in ("ce", "dml") for name in names]
+    singles[count:count] = ["fusion_ce", *["leader_ce"] * bool(leader)]
+    singles += ["fusion_kl", *["leader_kl"] * bool(leader), *(f"{name}_diversity" for name in names[1:])]
+    inputs, attention_targets = [], []
+    if leader:
+        singles += ["leader_fusion", "leader_trans_fusion"]
         joint = functional.attention_map([x.detach() for x in last])
-        pairs.add("leader_trans_fusion", fusion_weight, [widened], [joint])
-        if loss.transforms:
-            pairs.add("leader_self_distillation", fusion_weight, leader[:-1], targets["leader"])
-    found |= pairs.terms()
+        inputs, attention_targets = [leader[-1], widened], [fused_attention, joint]
+    learners = dict(zip(loss.transforms, [*students[1:], leader], strict=False))
+    inputs += [x for maps in learners.values() for x in maps[:-1]]
+    attention_targets += [x for name in learners for x in targets[name]]
+    values = [cross_entropy, divergence, distances]
+    if inputs:
+        values.append(functional.attention_mse(inputs, attention_targets))
+    several = [f"{name}_self_distillation" for name in learners]
     if loss.transforms:
-        found |= _transform_terms(loss, batch, hyper["lambda_self_distillation"] * weight)
-    return found, [fused.logits], fused_map
+        values += _transform_losses(loss, batch)
+        trained = [
+            f"transform_{name}" if name == "leader" else name.replace("student", "transform") for name in learners
+        ]
+        several += [f"{name}_{kind}" for kind in ("feature", "attention") for name in trained]
+    return weighed(values, loss.weights.at(weight), singles, several=several), [fused.logits], fused_map
 
 
 def at_size(target: Tensor, like: Tensor) -> Tensor:
@@ -101,26 +113,6 @@ def at_size(target: Tensor, like: Tensor) -> Tensor:
     if target.shape[2:] == like.shape[2:]:
         return target
     return nn.functional.adaptive_avg_pool2d(target, (like.shape[2], like.shape[3]))
-
-
-class _AttentionPairs:
-    """Collects the attention distances of a step, so that one operator call computes them all."""
-
-    def __init__(self) -> None:
-        self.inputs: list[Tensor] = []
-        self.targets: list[Tensor] = []
-        self.spans: list[tuple[str, float | Tensor, int]] = []
-
-    def add(self, name: str, weight: float | Tensor, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-        self.spans.append((name, weight, len(inputs)))
-        self.inputs += inputs
-        self.targets += targets
-
-    def terms(self) -> dict[str, Tensor]:
-        if not self.inputs:
-            return {}
-        parts = functional.attention_mse(self.inputs, self.targets).split([length for _, _, length in self.spans])
-        return {name: weight * part.sum() for (name, weight, _), part in zip(self.spans, parts, strict=True)}
 
 
 def _diversity(loss: "FusionLoss", maps: list[Tensor], references: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -150,8 +142,12 @@ def _targets(loss: "FusionLoss", batch: "Batch", deep: Sequence[Tensor]) -> dict
     return dict(zip(loss.transforms, made, strict=True))
 
 
-def _transform_terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> dict[str, Tensor]:
-    """Training of the transforms: each learns its own network's deep-to-shallow mapping from detached maps."""
+def _transform_losses(loss: "FusionLoss", batch: "Batch") -> Sequence[Tensor]:
+    """Training of the transforms: each learns its own network's deep-to-shallow mapping from detached maps.
+
+    Returns:
+        Feature and attention distances, those of all stages of a transform after each other.
+    """
     sources = [loss.transform_sources[name] for name in loss.transforms]
     given = [batch.features[source] if isinstance(source, int) else batch.leader_features or [] for source in sources]
     networks = [[m.detach() for m in maps] for maps in given]
@@ -160,14 +156,4 @@ def _transform_terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor)
     )
     inputs = [m for maps in made for m in maps]
     targets = [m for maps in networks for m in maps[:-1]]
-    names = [
-        "transform_leader" if name == "leader" else name.replace("student", "transform") for name in loss.transforms
-    ]
-    stages = len(inputs) // len(names)
-    distances = functional.normalized_lp_joint(inputs, targets, p=2)
-    feature, attention = (each.view(-1, stages).sum(1) for each in distances)
-    found = {}
-    for k, name in enumerate(names):
-        found[f"{name}_feature"] = weight * feature[k]
-        found[f"{name}_attention"] = weight * attention[k]
-    return found
+    return functional.normalized_lp_joint(inputs, targets, p=2)

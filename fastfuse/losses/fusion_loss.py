@@ -1,9 +1,8 @@
 """`FusionLoss`: the losses of FFSD, FFL and FFCL with the modules that they train, for any loop."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self
 
-import torch
 from torch import Tensor, nn
 
 from fastfuse import functional
@@ -195,6 +194,7 @@ class FusionLoss(nn.Module):
         self.transform_sources: dict[str, int | str] = {}
         if method == "ffsd" and len(self.feature_channels[0]) > 1:
             self._build_transforms()
+        self.weights = METHODS[method].weights_of(self)
         self.connectors = nn.ModuleDict()
         # How far the fused map is: what the feature term, or the method itself, measures through connectors.
         distance = self.hyperparameters.get("feature_distance")
@@ -254,12 +254,12 @@ class FusionLoss(nn.Module):
             batch = batch._replace(features=together)
         losses = METHODS[self.method]
         weight = 1.0 if progress is None else losses.ramp(progress, self.hyperparameters["rampup_epochs"])
-        terms, head_logits, fused_map = losses.terms(self, batch, weight)
+        (loss, terms), head_logits, fused_map = losses.terms(self, batch, weight)
         if self.feature is not None:
-            terms["feature"] = self.feature_weight * self._feature_term(batch, fused_map)
-        loss = torch.stack(list(terms.values())).sum()
+            term = self.feature_weight * self._feature_term(batch, fused_map)
+            loss, terms = loss + term, {**terms, "feature": term.detach()}
         fused_logits, *shallower = (row.detach() for row in head_logits)
-        return FusionLossOutput(loss, {name: term.detach() for name, term in terms.items()}, fused_logits, shallower)
+        return FusionLossOutput(loss, terms, fused_logits, shallower)
 
     def brought_together(self, maps: Sequence[Tensor], depth: int = 1) -> list[Tensor]:
         """The students' maps [B, C_s, H_s, W_s] of one stage at one height and width, as its fusion head reads them.
@@ -290,6 +290,12 @@ class FusionLoss(nn.Module):
             name: head(self.brought_together([maps[-depth] for maps in features], depth)).logits
             for depth, (name, head) in heads
         }
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What .to(), .cuda() and their like do."""
+        super()._apply(fn, recurse)
+        self.weights.follow(fn(self.weights.fixed))
+        return self
 
     def parameter_groups(
         self,

@@ -43,8 +43,10 @@ def terms(
         target_epsilon=kl_target_epsilon,
     )
     weight = 1.0 if progress is None else sigmoid_rampup(progress, rampup_epochs)
+    *own, of_gated = cross_entropy.unbind(0)
+    *divergences, _ = (weight * divergence).unbind(0)
     found = {}
-    for i in range(count):
-        found[f"student{i}_ce"] = cross_entropy[i]
-        found[f"student{i}_kl"] = weight * divergence[i]
-    return found | {"gated_ce": cross_entropy[count]}
+    for i, (single, shared) in enumerate(zip(own, divergences, strict=True)):
+        found[f"student{i}_ce"] = single
+        found[f"student{i}_kl"] = shared
+    return found | {"gated_ce": of_gated}

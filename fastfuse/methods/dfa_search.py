@@ -202,9 +202,9 @@ class DFASearch(Method):
         logits = [own.logits for own in outputs]
         expressive, _, _ = functional.peer_kl_ce(logits, labels, temperature=1.0, teachers=[[] for _ in logits])
         terms = {}
-        for i, own in enumerate(outputs):
+        for i, (own, of_student) in enumerate(zip(outputs, expressive.unbind(0), strict=True)):
             learnable = dfa.group_distance(own.maps, own.weights, own.target, group=i)
-            terms[f"{prefix}group{i}_ts"] = self.gamma_ts * expressive[i]
+            terms[f"{prefix}group{i}_ts"] = self.gamma_ts * of_student
             terms[f"{prefix}group{i}_st"] = self.gamma_st * learnable
         return terms
 

@@ -36,5 +36,6 @@ class DML(Independent):
     def terms(self, logits: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
         """The loss terms of one batch."""
         losses = functional.peer_kl_ce(list(logits.values()), labels, temperature=self.temperature)
-        found = {f"{name}_ce": losses.cross_entropy[i] for i, name in enumerate(logits)}
-        return found | {f"{name}_dml": losses.divergence[i] for i, name in enumerate(logits)}
+        cross_entropy, divergence = losses.cross_entropy.unbind(0), losses.divergence.unbind(0)
+        found = {f"{name}_ce": term for name, term in zip(logits, cross_entropy, strict=True)}
+        return found | {f"{name}_dml": term for name, term in zip(logits, divergence, strict=True)}

@@ -49,7 +49,7 @@ class Independent(Method):
         cross_entropy, _, _ = functional.peer_kl_ce(
             list(logits.values()), labels, temperature=1.0, teachers=without_teachers
         )
-        return {f"{name}_ce": cross_entropy[i] for i, name in enumerate(logits)}
+        return {f"{name}_ce": term for name, term in zip(logits, cross_entropy.unbind(0), strict=True)}
 
     def heads(self, outputs: Sequence[Any]) -> dict[str, Tensor]:
         """See `Method.heads`."""
