@@ -21,6 +21,10 @@ WITHOUT_WORK = frozenset(
         "is_same_size",
         "set_",
         "record_stream",
+        "as_strided_",
+        "promote_types",
+        "_record_function_enter_new",
+        "_record_function_exit",
     }
 )
 HOST_READ = "_local_scalar_dense"

@@ -119,7 +119,7 @@ class TrainingBatches:
         device = dataset.train.images.device
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self._rows = torch.arange(batch_size, device=device)
-        self._plan = self._drawn(seed=0, epoch=0)
+        self._numbers, self._flips = self._drawn(seed=0, epoch=0)
 
     def start(self, *, seed: int, epoch: int, step: int = 0) -> None:
         """Draw an epoch, and stand before its batch number `step`; the batches that remain are the same, bit for bit.
@@ -131,8 +131,9 @@ class TrainingBatches:
         """
         if not 0 <= step <= self.steps:
             raise InputError(f"start step must be in 0..{self.steps}, the steps of an epoch, got {step}")
-        for mine, drawn in zip(self._plan, self._drawn(seed=seed, epoch=epoch), strict=True):
-            mine.copy_(drawn)
+        numbers, flips = self._drawn(seed=seed, epoch=epoch)
+        self._numbers.copy_(numbers)
+        self._flips.copy_(flips)
         self.step.fill_(step)
 
     def count(self, step: int) -> int:
@@ -148,14 +149,15 @@ class TrainingBatches:
         Each image appears once in an epoch, but for what `parts` leave over, if `count` is what `self.count` gives for
         the batch that is next. Of several processes, those of `Share.drawn`.
         """
-        rows = self._own_rows(count) + self.step * self.batch_size
-        order, offsets, flips = (x.index_select(1, rows).flatten(0, 1) for x in self._plan)
+        rows = torch.add(self._own_rows(count), self.step, alpha=self.batch_size)
+        numbers = self._numbers.index_select(2, rows).flatten(1)
+        order, offsets, labels = numbers[0], numbers[1:3].T, numbers[3]
+        flips = self._flips.index_select(1, rows).flatten()
         self.step += 1
         train = self.dataset.train
         form: dict[str, Any] = {"dtype": self.dtype, "memory_format": self.memory_format}
         mean, std, padding = self.dataset.mean, self.dataset.std, self.dataset.padding
         images = functional.augment(train.images, order, offsets, flips, mean=mean, std=std, padding=padding, **form)
-        labels = train.labels.index_select(0, order)
         if self.replicas == 1:
             return images, labels
         side_by_side = images.unflatten(0, (self.replicas, len(rows))).transpose(0, 1).flatten(1, 2)
@@ -167,11 +169,13 @@ class TrainingBatches:
         each = self._rows[:count].view(self.parts, count // self.parts)
         return each[:, self.share.drawn(count // self.parts)].flatten()
 
-    def _drawn(self, *, seed: int, epoch: int) -> EpochPlan:
+    def _drawn(self, *, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+        """Order, offsets down and to the right, and labels, int64 [4, R, shown]; mirrors, bool [R, shown]."""
         train, padding, flip = self.dataset.train, self.dataset.padding, self.dataset.flip
         form: dict[str, Any] = {"epoch": epoch, "padding": padding, "flip": flip, "device": train.images.device}
         batches = {"batch_size": self.batch_size, "replicas": self.replicas, "parts": self.parts}
-        return drawn_batches(len(train), seed=seed, **batches, **form)
+        order, offsets, flips = drawn_batches(len(train), seed=seed, **batches, **form)
+        return torch.stack((order, *offsets.unbind(-1), train.labels[order])), flips
 
 
 class EvaluationBatches:

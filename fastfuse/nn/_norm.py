@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -36,3 +37,9 @@ def batch_norm(norm: _BatchNorm, *, training: bool | None = None, counters: list
     statistics = held.running_mean, held.running_var
     across = getattr(norm, "across", None)  # see sync_norm
     return BatchNorm(norm.weight, norm.bias, *statistics, training, float(norm.momentum), norm.eps, across)
+
+
+def count(counters: list[Tensor]) -> None:
+    """Count a batch in all of them, in one launch."""
+    if counters:
+        torch._foreach_add_(counters, 1)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fastfuse import functional
-from fastfuse.nn._norm import batch_norm
+from fastfuse.nn._norm import batch_norm, count
 
 
 class FusionOutput(NamedTuple):
@@ -38,21 +38,24 @@ class TransFusion(nn.Module):
             # N(0, sqrt(2 / (kh kw C_out))), as published.
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 
-    def given(self, features: Sequence[Tensor]) -> functional.Fusion:
-        """What the operator is given for [B, C_s, H, W] maps: of trans-fusion only the attention map is wanted."""
+    def given(self, features: Sequence[Tensor], counters: list[Tensor]) -> functional.Fusion:
+        """What the operator is given for [B, C_s, H, W] maps: of trans-fusion only the attention map is wanted.
+
+        The counters of norms in training mode are added to those given, for the caller to advance.
+        """
         return functional.Fusion(
             features,
             self.depthwise.weight,
-            batch_norm(self.norm1),
+            batch_norm(self.norm1, counters=counters),
             self.pointwise.weight,
-            batch_norm(self.norm2),
+            batch_norm(self.norm2, counters=counters),
             fused=False,
             pooled=False,
         )
 
     def forward(self, features: Sequence[Tensor]) -> Any:
         """The attention map [B, H, W] of the result."""
-        return functional.concat_fuse_all([self.given(features)])[0].attention
+        return _fused([(self, features)])[0].attention
 
 
 class FusionHead(TransFusion):
@@ -68,13 +71,13 @@ class FusionHead(TransFusion):
         super().__init__(in_channels, out_channels)
         self.classifier = nn.Linear(out_channels, num_classes)
 
-    def given(self, features: Sequence[Tensor]) -> functional.Fusion:
+    def given(self, features: Sequence[Tensor], counters: list[Tensor]) -> functional.Fusion:
         """What the operator is given: of the fusion module everything is wanted."""
-        return super().given(features)._replace(fused=True, pooled=True)
+        return super().given(features, counters)._replace(fused=True, pooled=True)
 
     def forward(self, features: Sequence[Tensor]) -> FusionOutput:
         """S maps [B, C_s, H, W] to logits [B, K], the fused map and its attention map."""
-        return self.classify(functional.concat_fuse_all([self.given(features)])[0])
+        return self.classify(_fused([(self, features)])[0])
 
     def classify(self, found: functional.ConcatFuse) -> FusionOutput:
         """The result of the operator with the logits."""
@@ -84,8 +87,7 @@ class FusionHead(TransFusion):
 
 def fuse_all(heads: Sequence[FusionHead], features: Sequence[Sequence[Tensor]]) -> list[FusionOutput]:
     """Several fusion modules that do not depend on each other, each with its own maps [B, C_s, H, W]."""
-    given = [head.given(maps) for head, maps in zip(heads, features, strict=True)]
-    found = functional.concat_fuse_all(given)
+    found = _fused(list(zip(heads, features, strict=True)))
     return [head.classify(made) for head, made in zip(heads, found, strict=True)]
 
 
@@ -103,6 +105,13 @@ def fuse_and_mirror(
     Returns:
         What the head gives, and the attention map [B, H, W] of trans-fusion.
     """
-    fused, widened = functional.concat_fuse_all([head.given(features), mirror.given(mirrored)])
+    fused, widened = _fused([(head, features), (mirror, mirrored)])
     mirrored_attention: Any = widened.attention  # wanted of every fusion
     return head.classify(fused), mirrored_attention
+
+
+def _fused(given: Sequence[tuple[TransFusion, Sequence[Tensor]]]) -> list[functional.ConcatFuse]:
+    counters: list[Tensor] = []
+    found = functional.concat_fuse_all([module.given(maps, counters) for module, maps in given])
+    count(counters)
+    return found

@@ -46,7 +46,7 @@ class Networks(nn.Module):
     def forward(self, images: Tensor) -> list[Any]:
         """[N, 3 R, H, W] to what each network gives; of stacked networks in views of the stacked maps."""
         if self.casts_together and self.strategy != "branches":  # whose streams would read what is another's
-            with cast_together(self._layers, images.device.type):
+            with cast_together(self.cast_layers, images.device.type):
                 return self._outputs(images)
         return self._outputs(images)
 
@@ -152,6 +152,12 @@ class Networks(nn.Module):
                 destination._metadata[f"{prefix}{i}.{name}".rstrip(".")] = metadata
         return destination
 
+    def cast_layers(self) -> list[nn.Module]:
+        """The layers whose weights are cast together under autocast; they are looked for once, at the first call."""
+        if self._cast is None:
+            self._cast = layers_of([self.stacked] if self.strategy == "grouped" else list(self))
+        return self._cast
+
     def __len__(self) -> int:
         return self._count
 
@@ -164,11 +170,6 @@ class Networks(nn.Module):
         self._need_members()
         members: Any = self._modules
         return members[str(self._position(index))]
-
-    def _layers(self) -> list[nn.Module]:
-        if self._cast is None:
-            self._cast = layers_of([self.stacked] if self.strategy == "grouped" else list(self))
-        return self._cast
 
     def _set_members(self, networks: Iterable[nn.Module]) -> None:
         for i, network in enumerate(networks):

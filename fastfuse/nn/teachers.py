@@ -39,7 +39,7 @@ class Teachers(nn.Module):
 
     def forward(self, images: Tensor) -> list[Any]:
         """[B, 3, H, W] to what each network gives, in the order given; of stacked ones in views of stacked maps."""
-        with torch.no_grad(), cast_together(self._layers, images.device.type):
+        with torch.no_grad(), cast_together(self.cast_layers, images.device.type):
             found: list[Any] = []
             running: Any = self._running
             for network, count in zip(running, self._counts, strict=True):
@@ -85,13 +85,14 @@ class Teachers(nn.Module):
             raise InputError(f"teacher {index} does not exist: there are teachers 0 to {len(self._plain) - 1}")
         return self._plain[index]
 
-    def __len__(self) -> int:
-        return len(self._plain)
-
-    def _layers(self) -> list[nn.Module]:
+    def cast_layers(self) -> list[nn.Module]:
+        """The layers whose weights are cast together under autocast; they are looked for once, at the first call."""
         if self._cast is None:
             self._cast = layers_of(self._running)
         return self._cast
+
+    def __len__(self) -> int:
+        return len(self._plain)
 
     def _set_running(self, pairs: Sequence[tuple[nn.Module, list[int]]]) -> None:
         """What runs, each with the positions of the networks in it."""

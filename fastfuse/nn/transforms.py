@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from fastfuse import functional
 from fastfuse.errors import InputError
-from fastfuse.nn._norm import batch_norm
+from fastfuse.nn._norm import batch_norm, count
 
 
 class TransformStage(nn.Module):
@@ -78,8 +77,6 @@ def transform_all(
         ]
         for transform in transforms
     ]
-    if counters:
-        # One launch, however many transforms there are.
-        torch._foreach_add_(counters, 1)
+    count(counters)
     found: Any = functional.deep_to_shallow(deep, chains, sizes=sizes, attention=attention)
     return found  # a list, as deep is one

@@ -199,6 +199,9 @@ def optimizer_settings(config: TrainConfig) -> dict[str, Any]:
 def pick_device(name: str) -> torch.device:
     """A device by name; "auto" is the GPU where there is one.
 
+    A GPU with a number becomes the current one: streams and graphs are made there, and a capture on another GPU than
+    that of the tensors would note nothing.
+
     Raises:
         InputError: there is no such device here.
     """
@@ -214,4 +217,6 @@ def pick_device(name: str) -> torch.device:
         raise InputError(
             f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device auto"
         )
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
     return device

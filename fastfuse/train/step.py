@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastfuse.methods.base import Method, MethodOutput
-from fastfuse.nn import Networks
+from fastfuse.nn import Networks, Teachers
 from fastfuse.nn.sync_norm import synchronise
 from fastfuse.train.buffers import Buffers
 from fastfuse.train.distributed import ALONE, Processes, wrapped
@@ -66,6 +66,8 @@ class TrainStep:
         for networks in method.modules():
             if isinstance(networks, Networks):  # of several processes gradients travel as they arise
                 networks.casts_together = not together
+            if isinstance(networks, Networks | Teachers) and self.amp_dtype is not None:
+                networks.cast_layers()
         self._across = synchronise(method) if together and sync_batchnorm else None
         self._forward: Any = _compiled(method) if compiled else method
         self.stream = torch.cuda.Stream() if together and graphed else None

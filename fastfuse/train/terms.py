@@ -32,6 +32,7 @@ class TermLog:
         self.images = 0
         self._buffer: Tensor | None = None
         self._row = torch.zeros(1, dtype=torch.int64, device=device)
+        self._good = torch.zeros((), device=device)
         self._positions: list[tuple[int, int, int]] = []
 
     def note(self, output: MethodOutput, bad: Tensor | None = None) -> None:
@@ -41,8 +42,7 @@ class TermLog:
             output: of the step.
             bad: 0-d, above 0 if its gradient was not finite; None: nobody looked.
         """
-        values = torch.stack([output.loss.detach(), *output.terms.values()])
-        values = torch.cat([values, values.new_zeros(1) if bad is None else bad.to(values.dtype)[None]])
+        values = torch.stack([output.loss.detach(), *output.terms.values(), self._good if bad is None else bad])
         if self._buffer is None:
             self.names = ["loss", *output.terms]
             self._buffer = values.new_empty(self.interval, len(values))

@@ -2,10 +2,12 @@
 
 import copy
 import functools
+import gc
 from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+from torch.autograd.function import BackwardCFunction
 
 from fastfuse import data
 from fastfuse.methods import METHODS, build_method
@@ -61,6 +63,20 @@ def test_the_state_is_all_that_a_step_changes(name: str, form: str) -> None:
     engine.run(1)
     assert all(torch.equal(x, wanted) for x, wanted in zip(engine.tensors(), after, strict=True))
     assert not all(torch.equal(x, wanted) for x, wanted in zip(engine.tensors(), before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["ffsd", "ffl", "ffcl"])
+def test_no_part_of_a_step_s_graph_outlives_it(name: str) -> None:
+    """What adds up a gradient belongs to the stream that it was made on: a capture must make its own."""
+    engine = make(name, amp="bf16", strategy="loop" if name == "ffl" else "grouped")
+    engine.start_epoch(seed=0, epoch=3, step=0, factors=[1.0] * 3)
+    gc.collect()
+    gc.disable()  # a cycle would only go sometime
+    try:
+        engine.run(0)
+        assert [x for x in gc.get_objects() if issubclass(type(x), BackwardCFunction)] == []
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", METHODS)

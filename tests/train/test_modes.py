@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastfuse.errors import InputError
-from fastfuse.train import modes
+from fastfuse.train import build, modes
 from fastfuse.train.checkpoint import load
 from fastfuse.train.step import TrainStep
 
@@ -33,6 +33,15 @@ def test_several_processes_replay_graphs_where_that_is_asked_for():
     assert modes.pick_mode("graphed", GPU, processes=2) == "graphed"
     with pytest.raises(InputError, match="--mode graphed needs a CUDA device"):
         modes.pick_mode("graphed", CPU, processes=2)
+
+
+def test_a_gpu_with_a_number_becomes_the_current_one(monkeypatch):
+    """A capture on the current GPU notes nothing of what runs on another one."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert build.pick_device("cuda:1") == torch.device("cuda", 1) and chosen == [torch.device("cuda", 1)]
+    assert build.pick_device("cpu").type == "cpu" and len(chosen) == 1
 
 
 def test_half_precision_is_for_gpus_unless_asked_for():
