@@ -36,7 +36,8 @@ def cast_together(layers: Callable[[], Sequence[nn.Module]], device_type: str) -
         layers: gives those of `layers_of`; asked only if they are needed.
         device_type: of their inputs.
     """
-    if not torch.is_autocast_enabled(device_type) or torch.compiler.is_compiling():
+    available = torch.amp.is_autocast_available(device_type)  # not on every device: "meta" has none
+    if not available or not torch.is_autocast_enabled(device_type) or torch.compiler.is_compiling():
         yield
         return
     held: Any = [layer._parameters for layer in layers()]
