@@ -148,7 +148,7 @@ def test_the_fused_heads_gradient_reaches_the_networks_in_ffl_and_not_in_ffsd(fo
     method = made(form)
     detached = copy.deepcopy(method)
     given = detached.criterion.fusion.given
-    detached.criterion.fusion.given = lambda features: given([feature.detach() for feature in features])
+    detached.criterion.fusion.given = lambda features, *counters: given([x.detach() for x in features], *counters)
     images, labels = batch()
     for each in (method, detached):
         each(images, labels, torch.tensor(3.0)).loss.backward()
