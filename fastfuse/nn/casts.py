@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastfuse.nn._in_step import graph_of
-from fastfuse.nn._stacked_layers import StackedLinear
+from fastfuse.nn._stacked_layers import StackedConv, StackedLinear
 from fastfuse.nn.stacked import Stacked
 
 # Exactly these: a layer derived from one may do else with its weight.
-_LAYERS = (nn.Conv2d, nn.Linear, StackedLinear)
+_LAYERS = (nn.Conv2d, nn.Linear, StackedConv, StackedLinear)
 
 
 def layers_of(networks: Sequence[nn.Module]) -> list[nn.Module]:
