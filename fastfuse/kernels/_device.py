@@ -106,7 +106,7 @@ class Walk:
 
     def strides(self, maps: Sequence[Tensor]) -> tuple[tuple[int, int, int], ...]:
         """Strides of sample, channel and position of each map."""
-        return tuple((0, 0, 1) if self.flat else _triton.map_strides(x)[1:] for x in maps)
+        return tuple((0, 0, 1) if self.flat else _triton.map_strides(x, far=True)[1:] for x in maps)
 
     def blocks(self) -> dict[str, int]:
         """The tile's sides, constants of the kernels."""

@@ -71,7 +71,9 @@ def usable(op: str, backend: str, maps: Sequence[Tensor]) -> bool:
 def loss(op: str, features: Sequence[Tensor], target: Tensor | Sequence[Tensor], *form: Any) -> Tensor:
     """The loss of checked maps through the kernels."""
     targets = [target] if isinstance(target, Tensor) else target
-    return StudentsLoss.apply(op, len(features), form, *(_triton.map_strides(x)[0] for x in (*features, *targets)))
+    return StudentsLoss.apply(
+        op, len(features), form, *(_triton.map_strides(x, far=True)[0] for x in (*features, *targets))
+    )
 
 
 class StudentsLoss(torch.autograd.Function):

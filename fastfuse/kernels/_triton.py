@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfuse.errors import InputError
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # <architecture>.json: launch -> dtype and memory format -> {"constants", "microseconds", ...}, see benchmarks/tune.py.
 TABLES = Path(__file__).with_name("tables")
@@ -104,15 +106,38 @@ def trying(launch: str, **constants: int) -> Iterator[None]:
             _tried[launch] = before
 
 
-def map_strides(x: Tensor) -> tuple[Tensor, int, int, int]:
+def check_span(x: Tensor) -> None:
+    """Refuse a map of which one sample reaches further than 32 bits count: offsets of samples alone have 64.
+
+    Raises:
+        InputError: says how far it reaches.
+    """
+    last = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
+    if last >= 2**31:
+        raise InputError(
+            f"a sample of a map {list(x.shape)} spans {last + 1:,} elements in memory, these Triton kernels take at "
+            f"most {2**31:,}; use backend='reference', or smaller or contiguous maps"
+        )
+
+
+def map_strides(x: Tensor, *, far: bool = False) -> tuple[Tensor, int, int, int]:
     """A map [B, C, H, W] or [B, H, W] as kernels address it: strides of sample, channel and position (N = H W).
 
     Contiguous and channels-last tensors are taken as they are; only where height and width do not collapse into one
     stride (a cropped view) a contiguous copy is made.
 
+    Args:
+        x: the map.
+        far: whether the kernels count in 64 bits within a sample too.
+
     Returns:
         The tensor and its three strides, in elements; the channel stride of an attention map is 0.
+
+    Raises:
+        InputError: a sample is too large for kernels that are not `far`.
     """
+    if not far:
+        check_span(x)
     height_stride, width_stride = x.stride()[-2:]
     if x.shape[-2] > 1 and x.shape[-1] > 1 and height_stride != x.shape[-1] * width_stride:
         x = x.contiguous()
@@ -138,4 +163,4 @@ def empty_map(
 
 def map_like(x: Tensor) -> Tensor:
     """Uninitialised memory in the very format of a map [B, C, H, W] or [B, H, W], with one stride for its positions."""
-    return map_strides(torch.empty_like(x))[0]
+    return map_strides(torch.empty_like(x), far=True)[0]

@@ -43,7 +43,7 @@ def aggregate_distance(
     _check(maps, weights, target, reduction)
     if {_dispatch.resolve("aggregate_distance", backend, x) for x in (*maps, weights, target)} != {"triton"}:
         return reference.aggregate_distance(maps, weights, target, reduction)
-    target, *maps = (_triton.map_strides(x)[0] for x in (target, *maps))
+    target, *maps = (_triton.map_strides(x, far=True)[0] for x in (target, *maps))
     return AggregateDistance.apply(reduction, weights, target, *maps)
 
 

@@ -143,7 +143,11 @@ def _launches(
     losses: dict[int, Tensor] = {}
     shifted: dict[int, Tensor] = {}
     for members in groups.values():
-        maps = [_triton.map_strides(one)[0] for side in zip(*(pairs[i] for i in members), strict=True) for one in side]
+        maps = [
+            _triton.map_strides(one, far=True)[0]
+            for side in zip(*(pairs[i] for i in members), strict=True)
+            for one in side
+        ]
         found, *moved = DiversityTarget.apply(backend, mode, reduction, shift, len(maps) - len(members), *maps)
         if len(groups) == 1:
             return found, moved

@@ -137,7 +137,7 @@ def diversity_target_bwd_map_kernel(
 
 def _addresses(maps: Sequence[Tensor]) -> tuple[tuple, tuple]:
     """The maps, and tables of their channels (1 for a ready map) and of the strides of sample, channel, position."""
-    rows = [(x.shape[1] if x.dim() == 4 else 1, *_triton.map_strides(x)[1:]) for x in maps]
+    rows = [(x.shape[1] if x.dim() == 4 else 1, *_triton.map_strides(x, far=True)[1:]) for x in maps]
     return tuple(maps), tuple(table(values) for values in zip(*rows, strict=True))
 
 

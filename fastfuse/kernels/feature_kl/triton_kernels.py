@@ -249,7 +249,7 @@ class _Launch:
 
     def strides(self, maps: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
         """Strides of sample, row and element of each map, once if they are the same."""
-        found = [_triton.map_strides(x)[1:] for x in maps]
+        found = [_triton.map_strides(x, far=True)[1:] for x in maps]
         found = [(b, n, c) if self.over_channels else (b, c, n) for b, c, n in found]
         return tuple(found[:1] if len(set(found)) == 1 else found)
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfuse.kernels._device import pick, pick_pointer, table
-from fastfuse.kernels._triton import launch_constants
+from fastfuse.kernels._triton import check_span, launch_constants
 from fastfuse.kernels.normalized_lp.layout import gradient_like, rows
 from fastfuse.kernels.normalized_lp.triton_sums import (
     combine,
@@ -129,6 +129,9 @@ class _Launch:
 
     def __init__(self, name: str, *columns: Sequence[Tensor]) -> None:
         """Each column holds one tensor of every pair: x, y and, backward, their gradients."""
+        for column in columns:
+            for x in column:
+                check_span(x)
         own = launch_constants(name, columns[0][0], TILE=TILE, WARPS=WARPS)
         shapes = [x.shape for x in columns[0]]
         self.batches = [shape[0] for shape in shapes]
