@@ -15,6 +15,9 @@ from fastfuse.kernels.batch_norm_act import triton_forward as fwd
 
 TILE_BYTES = 8192  # of a map
 WARP_ELEMENTS = 512  # of a tile: 16 for each thread; with half as many ptxas still spills float32 on sm_90
+# Registers a thread in the backward of contiguous float32 maps. Left alone, the assembler takes a few too little and
+# spills 8 bytes (56 on sm_100 with triton 3.6, 80 on sm_90 with triton 3.9).
+CONTIGUOUS_REGISTERS = 128
 WIDEST, NARROWEST = 64, 16  # channels of a block: a line of 128 bytes, or a sector of 32, of half-precision channels
 PROGRAMS = 528  # four for each multiprocessor of an H200
 FEW = 264  # with fewer programs than this, narrower blocks of channels make more of them
@@ -32,7 +35,8 @@ class Plan(NamedTuple):
         blocks: blocks of channels of one network.
         chunk: positions of a chunk.
         extents: spatial positions, positions of all samples, channels, channels of a network, chunk.
-        tile: sides of a tile and rows of the chunks' sums loaded at once, as the kernels take them.
+        tile: sides of a tile and its warps, as the kernels take them.
+        limit: what the backward's last kernel is told besides.
     """
 
     grid: tuple[int, int]
@@ -40,6 +44,7 @@ class Plan(NamedTuple):
     chunk: int
     extents: tuple[int, ...]
     tile: dict[str, int]
+    limit: dict[str, int]
 
     @property
     def own(self) -> bool:
@@ -72,7 +77,9 @@ def plan_of(x: Tensor, groups: int, launch: str = "batch_norm_act_fwd") -> Plan:
     extents = height * width, positions, channels, own, chunk
     columns = min(columns, triton.next_power_of_2(max(positions, 1)))
     tile = {"BLOCK_C": block, "BLOCK_P": columns, "num_warps": max(4, elements // given.WARP_ELEMENTS)}
-    return Plan((programs, triton.cdiv(positions, chunk)), blocks, chunk, extents, tile)
+    contiguous = x.stride(1) != 1 and x.element_size() == 4
+    limit = {"maxnreg": CONTIGUOUS_REGISTERS} if contiguous else {}
+    return Plan((programs, triton.cdiv(positions, chunk)), blocks, chunk, extents, tile, limit)
 
 
 def _rows(tile: dict[str, int]) -> int:
@@ -81,7 +88,7 @@ def _rows(tile: dict[str, int]) -> int:
 
 def _maps(*maps: Tensor | None) -> tuple[tuple[Tensor | None, ...], tuple]:
     """Maps as kernels take them, the first of them not None, and the table of their strides."""
-    found = [None if x is None else map_strides(x) for x in maps]
+    found = [None if x is None else map_strides(x, far=True) for x in maps]
     strides = [tuple((one or found[0])[1:]) for one in found]
     return tuple(one and one[0] for one in found), table(strides)
 
@@ -144,7 +151,7 @@ def backward(
     maps, strides = _maps(x, grad, out, of_x if of_residual is None else of_residual)
     energy = None
     if of_attention is not None:
-        of_attention, *attention_strides = map_strides(of_attention)
+        of_attention, *attention_strides = map_strides(of_attention, far=True)
         energy = of_attention, tuple(attention_strides)
     norm = weight, bias, statistics
     sums = of_weight is not None or of_bias is not None or (training and of_x is not None)
@@ -167,6 +174,6 @@ def backward(
     if sums or x.numel():
         bwd.batch_norm_act_bwd_input_kernel[grid](
             maps[:3], strides, energy, *norm, of_x, of_residual, of_weight, of_bias, partial, plan.grid[1],
-            *plan.extents, SUMS=sums, BATCH=training, RELU=relu, ROWS=_rows(plan.tile), **plan.tile,
+            *plan.extents, SUMS=sums, BATCH=training, RELU=relu, ROWS=_rows(plan.tile), **plan.tile, **plan.limit,
         )  # fmt: skip
     return [g for g in found if g is not None]
