@@ -1,5 +1,35 @@
+import numpy as np
 import pytest
 import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreted_bfloat16():
+    """Triton's interpreter keeps bfloat16 as integers, cuts digits off and multiplies the integers: here it rounds."""
+    if torch.cuda.is_available():
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    cast, dot = builder.cast_impl, builder.create_dot
+
+    def wide(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return Handle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def rounding_cast(self, src, dst_type):
+        if dst_type.scalar != tl.bfloat16 or src.dtype.scalar == tl.bfloat16:
+            return cast(self, wide(src), dst_type)
+        rounded = torch.from_numpy(np.array(src.data, np.float32)).bfloat16()
+        return Handle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "cast_impl", rounding_cast)
+        patch.setattr(builder, "create_dot", lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest))
+        yield
 
 
 @pytest.fixture

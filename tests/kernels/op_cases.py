@@ -20,9 +20,9 @@ class OpCase(NamedTuple):
     constants: tuple[tuple[int, ...], ...] = ()
     is_loss: bool = True
 
-    def tensors(self, dtype=torch.float64, memory_format=torch.contiguous_format):
+    def tensors(self, dtype=torch.float64, memory_format=torch.contiguous_format, *, draw=0):
         """The same numbers whatever the dtype and the format; the first len(shapes) take gradients."""
-        generator = torch.Generator().manual_seed(len(self.reason))
+        generator = torch.Generator().manual_seed(len(self.reason) + 1000 * draw)
         found = []
         for i, shape in enumerate((*self.shapes, *self.constants)):
             x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
