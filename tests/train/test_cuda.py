@@ -14,6 +14,7 @@ from fastfuse.nn import STRATEGIES
 from fastfuse.train import checkpoint
 from fastfuse.train.distributed import Processes
 from fastfuse.train.evaluate import Evaluator
+from fastfuse.train.modes import float32_products
 from fastfuse.train.optim import build_optimizers
 from fastfuse.train.run import train
 from fastfuse.train.step import TrainStep
@@ -28,9 +29,10 @@ ROWS += [(n, s) for n in making.VARIANTS for s in STRATEGIES]
 
 
 @pytest.fixture(autouse=True)
-def exact_products(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def exact_products():
+    # Not with monkeypatch, which deletes what an object finds by __getattr__ alone when it undoes.
+    with float32_products(tf32=False):
+        yield
 
 
 @contextmanager
