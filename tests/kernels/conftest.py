@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from fastfuse.train.modes import float32_products
+
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreted_bfloat16():
@@ -41,3 +43,10 @@ def nan_filled():
     assert torch.empty(3).isnan().all() and torch.empty_like(torch.ones(2)).isnan().all()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    """Eager convolutions in float32: with TF32, torch's default, a budget would let a thousandfold error pass."""
+    with float32_products(tf32=False):
+        yield

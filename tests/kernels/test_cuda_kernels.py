@@ -12,6 +12,7 @@ from fastfuse.kernels import _dispatch, _extension
 from fastfuse.testing import assert_within_budget, in_other_orders
 from tests.kernels import cuda_on_host
 from tests.kernels.op_cases import CASES, FORMATS
+from tests.kernels.test_backends_agree import eagerly, run
 
 LAST = torch.channels_last
 SINGLE, HALF, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -39,27 +40,14 @@ def emulated(library, monkeypatch, nan_filled):
     return library
 
 
-def run(case, tensors, backend, monkeypatch):
-    """Outputs and gradients of a case; every output has its own fixed cotangent."""
-    monkeypatch.setattr(_dispatch, "_process_default", backend)
-    outputs = [x for x in case.outputs(tensors) if x is not None]
-    generator = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in outputs]
-    wanted = [x for x in tensors if x.requires_grad]
-    gradients = torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True)
-    return [*outputs, *[torch.zeros_like(x) if g is None else g for x, g in zip(wanted, gradients, strict=True)]]
-
-
 def exactly(tensors):
     return [x.detach().double().requires_grad_(x.requires_grad) for x in tensors]
 
 
 def agree(case, tensors, monkeypatch):
     found = run(case, tensors, "cuda", monkeypatch)
-    eager = run(case, tensors, "reference", monkeypatch)
-    for i, (a, t, e) in enumerate(
-        zip(found, run(case, exactly(tensors), "reference", monkeypatch), eager, strict=True)
-    ):
+    truth = run(case, exactly(tensors), "reference", monkeypatch)
+    for i, (a, t, *e) in enumerate(zip(found, truth, *eagerly(case, tensors, monkeypatch), strict=True)):
         assert_within_budget(a, t, e, what=f"{case.reason}, result {i}")
     return found
 
