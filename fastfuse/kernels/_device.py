@@ -32,6 +32,12 @@ def pick_pointer(table, index):
 
 
 @triton.jit
+def divide(x, by):
+    """x / by in float32, rounded to the nearest: a GPU's plain division may be two units in the last place off."""
+    return tl.div_rn(x, tl.zeros((), tl.float32) + by)
+
+
+@triton.jit
 def ordered_sum(values, count, BLOCK: tl.constexpr, DTYPE: tl.constexpr = tl.float32):
     """Sum of `count` numbers in memory, in an order that depends on nothing but `count`."""
     total = tl.zeros((BLOCK,), DTYPE)
@@ -46,7 +52,7 @@ def sum_of_samples(per_sample, count, MEAN: tl.constexpr, BLOCK: tl.constexpr):
     """Loss of a pair from those of its samples, in a fixed order: their sum, or their mean."""
     loss = ordered_sum(per_sample, count, BLOCK)
     if MEAN:
-        loss = tl.div_rn(loss, tl.zeros((), tl.float32) + count)
+        loss = divide(loss, count)
     return loss
 
 

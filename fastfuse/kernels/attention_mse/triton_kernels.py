@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfuse.kernels import _triton
-from fastfuse.kernels._device import pick, pick_pointer, sum_of_samples, table
+from fastfuse.kernels._device import divide, pick, pick_pointer, sum_of_samples, table
 from fastfuse.kernels._triton import launch_constants, map_like
 from fastfuse.kernels.attention_mse.triton_maps import (
     LONG_SIDE,
@@ -43,7 +43,7 @@ def _attention(
     else:
         feature = start.to(tl.pointer_type(FEATURE)) + offset
         squares = square_sum(feature, stride_c, stride_n, channels, position, inside, BLOCK_C, BLOCK_N)
-        attention = squares / channels
+        attention = divide(squares, channels)
     return attention
 
 
@@ -102,7 +102,7 @@ def attention_mse_bwd_kernel(
             cotangent, cotangent_strides, maps, half, stats, plane, row, pair, side, sample, start, position, positions
         )
         if MEAN:
-            slope = slope / batch
+            slope = divide(slope, batch)
         channels = pick(layout[0], item)
         gradient = pick_pointer(gradients, item)
         stride_c, stride_n = pick(gradient_layout[2], item), pick(gradient_layout[3], item)
@@ -114,7 +114,7 @@ def attention_mse_bwd_kernel(
             rescale(
                 feature, pick(layout[2], item), pick(layout[3], item),
                 gradient.to(tl.pointer_type(FEATURE)) + offset, stride_c, stride_n,
-                slope * 2 / channels, channels, position, inside, BLOCK_C,
+                divide(slope * 2, channels), channels, position, inside, BLOCK_C,
             )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfuse.kernels import _triton
+from fastfuse.kernels._device import divide
 from fastfuse.kernels._triton import map_like
 
 # 32 elements for each of 256 threads: in bf16 four 16-byte loads in flight per thread.
@@ -67,7 +68,7 @@ def compare_maps(own, goal, positions, a_square, t_square, loss, stats, plane, B
         square += difference * difference
         a_dot += a * difference
         t_dot -= t * difference
-    tl.store(loss, tl.div_rn(tl.sum(square), tl.zeros((), tl.float32) + positions))
+    tl.store(loss, divide(tl.sum(square), positions))
     tl.store(stats, a_norm)
     tl.store(stats + plane, t_norm)
     tl.store(stats + 2 * plane, tl.sum(a_dot))
@@ -87,7 +88,7 @@ def map_gradient(cotangent, strides, maps, half, stats, plane, row, pair, side, 
     other = tl.load(maps + (1 - side) * half + start + position, mask=inside, other=0)
     other = tl.div_rn(other, tl.maximum(other_norm, 1e-12))
     # A map without a direction has no gradient; eager multiplies by 1e12 there.
-    slope = tl.where(norm < 1e-12, 0.0, 2 / (tl.maximum(norm, 1e-12) * positions))
+    slope = tl.where(norm < 1e-12, 0.0, divide(2.0, tl.maximum(norm, 1e-12) * positions))
     upstream = tl.load(cotangent + pair * strides[0] + sample * strides[1])
     return slope * upstream * (own - other - dot * own)
 
@@ -106,7 +107,7 @@ def attention_map_fwd_kernel(
         squares += square_sum(
             feature, strides[s][1], strides[s][2], channels[s], position, inside, BLOCK_C, BLOCK_N
         )  # fmt: skip
-    tl.store(attention + sample * positions + position, squares / total, mask=inside)
+    tl.store(attention + sample * positions + position, divide(squares, total), mask=inside)
 
 
 @triton.jit
@@ -119,7 +120,7 @@ def attention_map_bwd_kernel(
     position = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = position < positions
     place = sample * cotangent_strides[0] + position * cotangent_strides[1]
-    factor = tl.load(cotangent + place, mask=inside, other=0) * 2 / total
+    factor = tl.load(cotangent + place, mask=inside, other=0) * divide(2.0, total)
     for s in tl.static_range(len(features)):
         feature, gradient = features[s] + sample * strides[s][0], gradients[s] + sample * gradient_strides[s][0]
         rescale(

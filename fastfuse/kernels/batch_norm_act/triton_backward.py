@@ -8,6 +8,7 @@ strides are theirs and those of the gradients that are written. The gradient of 
 import triton
 import triton.language as tl
 
+from fastfuse.kernels._device import divide
 from fastfuse.kernels.batch_norm_act.triton_forward import own_channels, place
 
 
@@ -36,7 +37,7 @@ def incoming(maps, strides, energy, norm, p, spatial, group, group_channels, c, 
         if energy is not None:
             at = (p // spatial).to(tl.int64) * energy[1][1] + (p % spatial).to(tl.int64) * energy[1][2]
             at += group.to(tl.int64) * energy[1][0]
-            slope = tl.load(energy[0] + at, inside, 0.0).to(tl.float32) * (2.0 / group_channels)
+            slope = tl.load(energy[0] + at, inside, 0.0).to(tl.float32) * divide(2.0, group_channels)
             g += slope[None, :] * value
         if RELU:
             g = tl.where(value <= 0, 0.0, g)

@@ -8,6 +8,8 @@ those of several maps as a tuple of such, which has one entry if all are equal: 
 import triton
 import triton.language as tl
 
+from fastfuse.kernels._device import divide
+
 
 @triton.jit
 def own_channels(group_channels, BLOCK_C: tl.constexpr):
@@ -45,11 +47,11 @@ def moments(x, strides, near, first, last, spatial, c, present, BLOCK_C: tl.cons
         value = tl.load(x + place(p, spatial, c, strides), mask, 0.0).to(tl.float32) - near[:, None]
         steps += 1.0
         difference = tl.where(mask, value - mean, 0.0)
-        mean += difference * (1.0 / steps)
+        mean += difference * divide(1.0, steps)
         squares += difference * (value - mean)
     # How many values a lane saw; none where the chunk is shorter than a tile.
     count = tl.cdiv(last - first - tl.arange(0, BLOCK_P), BLOCK_P).to(tl.float32)[None, :]
-    average = tl.sum(mean * count, 1) / (last - first)
+    average = divide(tl.sum(mean * count, 1), last - first)
     apart = mean - average[:, None]
     return average, tl.sum(squares + count * apart * apart, 1)
 
@@ -63,7 +65,7 @@ def merged_moments(partial, tiles, chunk, positions, channels, c, present, BLOCK
         mask = (tile < tiles)[:, None] & present[None, :]
         count = tl.minimum(positions - tile * chunk, chunk).to(tl.float32)[:, None]
         mean = tl.load(partial + tile[:, None] * channels + c[None, :], mask, 0.0)
-        average += tl.sum(mean * count, 0) / positions
+        average += divide(tl.sum(mean * count, 0), positions)
     squares = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, tiles, ROWS):
         tile = start + tl.arange(0, ROWS)
@@ -123,10 +125,10 @@ def batch_norm_act_fwd_apply_kernel(
         else:
             apart, squares = moments(x, strides[0], near, first, last, spatial, c, present, BLOCK_C, BLOCK_P)
         centre = near + apart
-        spread = squares / positions
+        spread = divide(squares, positions)
         if tl.program_id(1) == 0:
             update(running_mean, centre, momentum, c, present)
-            update(running_var, squares / (positions - 1), momentum, c, present)
+            update(running_var, divide(squares, positions - 1), momentum, c, present)
     inverse = tl.div_rn(1.0, tl.sqrt_rn(spread + eps))
     if tl.program_id(1) == 0:
         tl.store(statistics + c, centre, present)
@@ -148,7 +150,7 @@ def batch_norm_act_fwd_apply_kernel(
         if attention is not None:
             wide = tl.where(mask, value.to(tl.float32), 0.0)
             row = block.to(tl.int64) * (channels // group_channels) + group
-            tl.store(attention + row * positions + p, tl.sum(wide * wide, 0) / group_channels, inside)
+            tl.store(attention + row * positions + p, divide(tl.sum(wide * wide, 0), group_channels), inside)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ A norm's backward takes two launches: sums over shares of the positions, then th
 import triton
 import triton.language as tl
 
-from fastfuse.kernels._device import pick, pick_pointer
+from fastfuse.kernels._device import divide, pick, pick_pointer
 from fastfuse.kernels.concat_fuse.triton_fuse import (
     at_channels,
     channel_tile,
@@ -67,12 +67,13 @@ def second_cotangents(
         there = inside & (p * 0 < pick(gives.attention, which))
         offsets = at(p, spatial, pick(of.b, which), pick(of.n, which))
         a = tl.load(pick_pointer(of.pointers, which) + offsets, mask=there, other=0.0).to(tl.float32)
-        g += a[:, None] * (y * (2.0 / outputs))
+        g += a[:, None] * (y * divide(2.0, outputs))
     if cotangents.pooled is not None:
         of = cotangents.pooled
         there = mask & (c < outputs * pick(gives.pooled, which))[None, :]
         offsets = (p // spatial).to(tl.int64)[:, None] * pick(of.b, which) + c[None, :] * pick(of.c, which)
-        g += tl.load(pick_pointer(of.pointers, which) + offsets, mask=there, other=0.0).to(tl.float32) / spatial
+        pooled = tl.load(pick_pointer(of.pointers, which) + offsets, mask=there, other=0.0).to(tl.float32)
+        g += pooled * divide(1.0, spatial)
     return tl.where((y <= 0) | ~mask, 0.0, g), x, inverse
 
 
@@ -123,7 +124,7 @@ def concat_fuse_bwd_norm2_kernel(
                 POSITIONS, CHANNELS,
             )  # fmt: skip
             if BATCH:
-                g -= (bias / positions)[None, :] + x * (weight / positions)[None, :]
+                g -= divide(bias, positions)[None, :] + x * divide(weight, positions)[None, :]
             offsets = at(p, spatial, pick(outs.b, which), pick(outs.n, which))[:, None]
             tl.store(out + offsets, g * (scale * inverse)[None, :], mask=(p < positions)[:, None] & present[None, :])
 
@@ -191,7 +192,7 @@ def concat_fuse_bwd_norm1_kernel(
                 eps, scale, shift, POSITIONS, CHANNELS,
             )  # fmt: skip
             if BATCH:
-                g -= (bias / positions)[None, :] + x * (weight / positions)[None, :]
+                g -= divide(bias, positions)[None, :] + x * divide(weight, positions)[None, :]
             tl.store(place, g * (scale * inverse)[None, :], mask=(p < positions)[:, None] & present[None, :])
 
 

@@ -8,7 +8,7 @@ differences, and merged by Chan's formula in a fixed order, for the first norm b
 import triton
 import triton.language as tl
 
-from fastfuse.kernels._device import pick, pick_pointer
+from fastfuse.kernels._device import divide, pick, pick_pointer
 from fastfuse.kernels.concat_fuse.triton_kernels import scale_shift_relu
 from fastfuse.kernels.concat_fuse.triton_moments import merged_moments, moments
 from fastfuse.kernels.concat_fuse.triton_tables import at, locate
@@ -70,7 +70,7 @@ def keep_statistics(norms, owner, c, present, channels, mean, var, positions):
     tl.store(place, (1 - momentum) * old + momentum * mean, mask=present)
     place = pick_pointer(norms.var, owner) + c
     old = tl.load(place, mask=present, other=0.0).to(tl.float32)
-    unbiased = var * (positions / (positions - 1.0))
+    unbiased = var * divide(positions * 1.0, positions - 1.0)
     tl.store(place, (1 - momentum) * old + momentum * unbiased, mask=present)
 
 
@@ -83,7 +83,7 @@ def at_channels(pointers, owner, c, present):
 @triton.jit
 def standardise(x, mean, var, eps, present):
     """A tile minus its channels' means, over their standard deviations; and the inverse of the latter."""
-    inverse = tl.rsqrt(tl.where(present, var, 1.0) + eps)
+    inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.where(present, var, 1.0) + eps))
     return (x - mean[None, :]) * inverse[None, :], inverse
 
 
@@ -105,8 +105,8 @@ def concat_fuse_fwd_moments_kernel(
         own_mean, own_squares = moments(z, inside)
         before, new = (start - share * chunk).to(tl.float32), tl.sum(inside.to(tl.float32))
         apart = own_mean - mean
-        mean += apart * (new / (before + new))
-        squares += own_squares + apart * apart * (before * new / (before + new))
+        mean += apart * divide(new, before + new)
+        squares += own_squares + apart * apart * divide(before * new, before + new)
     tl.store(partial + share * total_channels + whole, mean, mask=present)
     tl.store(partial + (tl.num_programs(0) + share) * total_channels + whole, squares, mask=present)
 
@@ -173,6 +173,6 @@ def concat_fuse_fwd_finish_kernel(
         tl.store(out + c[None, :] * pick(fused.c, m), y, mask=mask & (c < outputs * pick(gives.fused, m))[None, :])
         y = tl.where(mask, y.to(tl.float32), 0.0)
         energy += tl.sum(y * y, 1)
-        tl.store(means + c, tl.sum(y, 0) / spatial, mask=c < outputs * pick(gives.pooled, m))
+        tl.store(means + c, divide(tl.sum(y, 0), spatial), mask=c < outputs * pick(gives.pooled, m))
     place = pick_pointer(attention, m) + sample * spatial + n
-    tl.store(place, energy / outputs, mask=n < spatial * pick(gives.attention, m))
+    tl.store(place, divide(energy, outputs), mask=n < spatial * pick(gives.attention, m))

@@ -6,7 +6,7 @@ Each launch serves the products of all modules given; concat_conv1x1 has one. Su
 import triton
 import triton.language as tl
 
-from fastfuse.kernels._device import pick, pick_pointer
+from fastfuse.kernels._device import divide, pick, pick_pointer
 from fastfuse.kernels.concat_fuse.triton_moments import merged_moments, store_moments
 from fastfuse.kernels.concat_fuse.triton_tables import at, locate
 
@@ -91,12 +91,13 @@ def concat_conv1x1_bwd_statistics_kernel(
         offsets = at(p, spatial, grad.b[0], grad.n[0])[:, None] + c[None, :] * grad.c[0]
         found += tl.load(grad.pointers[0] + offsets, mask=mask, other=0.0).to(tl.float32)
     if of_mean is not None:
-        found += (tl.load(of_mean[0] + c * of_mean[1], mask=present, other=0.0) / positions)[None, :]
+        found += divide(tl.load(of_mean[0] + c * of_mean[1], mask=present, other=0.0), positions)[None, :]
     if of_var is not None:
         offsets = at(p, spatial, out.b[0], out.n[0])[:, None] + c[None, :] * out.c[0]
         apart = tl.load(out.pointers[0] + offsets, mask=mask, other=0.0).to(tl.float32)
         apart -= tl.load(mean + c, mask=present, other=0.0)[None, :]
-        found += apart * (tl.load(of_var[0] + c * of_var[1], mask=present, other=0.0) * 2 / positions)[None, :]
+        slope = divide(tl.load(of_var[0] + c * of_var[1], mask=present, other=0.0) * 2, positions)
+        found += apart * slope[None, :]
     offsets = at(p, spatial, total.b[0], total.n[0])[:, None] + c[None, :] * total.c[0]
     tl.store(total.pointers[0] + offsets, found, mask=mask)
 

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from fastfuse.kernels._device import divide
+
 
 @triton.jit
 def store_moments(partial, x, c, inside, present, channels):
@@ -17,10 +19,10 @@ def store_moments(partial, x, c, inside, present, channels):
 def moments(x, inside):
     """Mean of each column of a tile, over its rows that are inside, and the sum of squared differences from it."""
     count = tl.sum(inside.to(tl.float32))
-    mean = tl.sum(tl.where(inside[:, None], x, 0.0), 0) / count
+    mean = divide(tl.sum(tl.where(inside[:, None], x, 0.0), 0), count)
     difference = tl.where(inside[:, None], x - mean[None, :], 0.0)
     # The mean's own rounding matters where it is large against the spread; what it left over is added back.
-    slip = tl.sum(difference, 0) / count
+    slip = divide(tl.sum(difference, 0), count)
     return mean + slip, tl.sum(difference * difference, 0) - count * slip * slip
 
 
@@ -35,7 +37,7 @@ def merged_moments(partial, tiles, tile_positions, positions, total_channels, c,
         mask = (tile < tiles)[:, None] & present[None, :]
         apart = tl.load(partial + tile[:, None] * total_channels + c[None, :], mask=mask, other=0.0) - near[None, :]
         mean += tl.sum(tl.where(mask, apart * count, 0.0), 0)
-    mean = near + mean / positions
+    mean = near + divide(mean, positions)
     for start in range(0, tiles, ROWS):
         tile = start + tl.arange(0, ROWS)
         count = tl.minimum(positions - tile * tile_positions, tile_positions).to(tl.float32)[:, None]
@@ -44,4 +46,4 @@ def merged_moments(partial, tiles, tile_positions, positions, total_channels, c,
         apart = tl.load(place, mask=mask, other=0.0) - mean[None, :]
         within = tl.load(place + tiles * total_channels, mask=mask, other=0.0)
         squares += tl.sum(tl.where(mask, within + apart * apart * count, 0.0), 0)
-    return mean, squares / positions
+    return mean, divide(squares, positions)

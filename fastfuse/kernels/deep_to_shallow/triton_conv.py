@@ -7,7 +7,7 @@ of pointers hold one per transform; the grid's third axis counts phases and tran
 import triton
 import triton.language as tl
 
-from fastfuse.kernels._device import pick_pointer
+from fastfuse.kernels._device import divide, pick_pointer
 from fastfuse.kernels.deep_to_shallow.triton_tiles import deep_positions, load_tile, relu, store_tile
 
 
@@ -87,7 +87,7 @@ def deep_to_shallow_fwd_phases_kernel(
     else:
         partial += t.to(tl.int64) * (2 * channels_out + 1) * tiles
         count = tl.sum(there.to(tl.float32), 0)
-        average = tl.sum(tl.where(there[:, None], value, 0.0), 0) / tl.maximum(count, 1.0)
+        average = divide(tl.sum(tl.where(there[:, None], value, 0.0), 0), tl.maximum(count, 1.0))
         deviation = tl.where(there[:, None], value - average[None, :], 0.0)
         tl.store(partial + co * tiles + tile, average, known)
         tl.store(partial + (channels_out + co) * tiles + tile, tl.sum(deviation * deviation, 0), known)
@@ -132,4 +132,4 @@ def deep_to_shallow_fwd_attention_kernel(
             store_tile(pick_pointer(out, t), value, rows, co * o_strides[1], there, known, O_FAST)
         squares += tl.sum(tl.where(known[None, :], value * value, 0.0), 1)
     place = b * (out_height * out_width) + position
-    tl.store(pick_pointer(attentions, t) + place, squares / channels_out, there)
+    tl.store(pick_pointer(attentions, t) + place, divide(squares, channels_out), there)

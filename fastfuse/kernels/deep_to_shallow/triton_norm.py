@@ -6,7 +6,7 @@ A map's strides travel as a tuple (sample, channel, position). Tuples of pointer
 import triton
 import triton.language as tl
 
-from fastfuse.kernels._device import pick_pointer
+from fastfuse.kernels._device import divide, pick_pointer
 from fastfuse.kernels.deep_to_shallow.triton_tiles import map_offsets, map_tile, relu
 
 
@@ -26,7 +26,7 @@ def deep_to_shallow_fwd_statistics_kernel(
         i = start + tl.arange(0, BLOCK)
         n = tl.load(counts + i, i < tiles, 0.0)
         total += n * (tl.load(means + i, i < tiles, 0.0) - origin)
-    average = origin + tl.sum(total, 0) / count
+    average = origin + divide(tl.sum(total, 0), count)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, tiles, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -35,12 +35,12 @@ def deep_to_shallow_fwd_statistics_kernel(
         total += tl.load(squares + i, i < tiles, 0.0) + n * deviation * deviation
     deviations = tl.sum(total, 0)
     tl.store(pick_pointer(means_out, t) + c, average)
-    tl.store(pick_pointer(rstds, t) + c, tl.div_rn(1.0, tl.sqrt_rn(deviations / count + eps)))
+    tl.store(pick_pointer(rstds, t) + c, tl.div_rn(1.0, tl.sqrt_rn(divide(deviations, count) + eps)))
     running_mean, running_var = pick_pointer(running_means, t) + c, pick_pointer(running_vars, t) + c
     old = tl.load(running_mean).to(tl.float32)
     tl.store(running_mean, (1 - momentum) * old + momentum * average)
     old = tl.load(running_var).to(tl.float32)
-    tl.store(running_var, (1 - momentum) * old + momentum * (deviations / (count - 1)))
+    tl.store(running_var, (1 - momentum) * old + momentum * divide(deviations, count - 1))
 
 
 @triton.jit
@@ -144,7 +144,7 @@ def deep_to_shallow_bwd_norm_kernel(
             if grad_gammas is not None:
                 tl.store(pick_pointer(grad_gammas, t) + c, gamma_sum, known)
         if TRAINING:
-            average, slope = beta_sum / count, gamma_sum / count
+            average, slope = divide(beta_sum, count), divide(gamma_sum, count)
     if grad_maps is not None:
         target = pick_pointer(grad_maps, t)
         for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):

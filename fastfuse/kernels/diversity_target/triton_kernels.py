@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfuse.kernels import _triton
-from fastfuse.kernels._device import pick, pick_pointer, sum_of_samples, table
+from fastfuse.kernels._device import divide, pick, pick_pointer, sum_of_samples, table
 from fastfuse.kernels._triton import map_like
 from fastfuse.kernels.diversity_target.layout import sizes
 
@@ -45,7 +45,7 @@ def _attention(
             offsets, inside = _tile(layout, pair, sample, first, positions, BLOCK_C, BLOCK_N)
             tile = tl.load(start + offsets, mask=inside, other=0.0).to(tl.float32)
             squares += tile * tile
-        found = tl.div_rn(tl.sum(squares, 0), tl.zeros((), tl.float32) + channels)
+        found = divide(tl.sum(squares, 0), channels)
     return found
 
 
@@ -80,20 +80,20 @@ def diversity_target_fwd_sample_kernel(
         positions = pick(extents[1], pair)
         attention = _attention(y, y_layout, pair, sample, positions, READY_Y, BLOCK_C, BLOCK_N)
         target, unit, norm = _target(attention, positions, PUBLISHED, BLOCK_N)
-        shift = (target - unit) * norm / pick(y_layout[0], pair)
+        shift = divide((target - unit) * norm, pick(y_layout[0], pair))
         if LOSS:
             attention = _attention(x, x_layout, pair, sample, positions, READY_X, BLOCK_C, BLOCK_N)
             unit, norm = _unit(attention)
             n = tl.arange(0, BLOCK_N)
             error = tl.where(n < positions, unit - target, 0.0)
             place = pair * row + sample
-            tl.store(losses + place, tl.sum(error * error, 0) / positions)
+            tl.store(losses + place, divide(tl.sum(error * error, 0), positions))
             # (xh.t) xh - t, written so that it does not cancel where xh is close to t.
             along = error - unit * tl.sum(unit * error, 0)
-            per_value = 2.0 / positions
+            per_value = divide(2.0, positions)
             if not READY_X:
-                per_value = per_value * 2.0 / pick(x_layout[0], pair)
-            found = tl.where(norm < 1e-12, 0.0, per_value * along / tl.maximum(norm, 1e-12))
+                per_value = divide(per_value * 2.0, pick(x_layout[0], pair))
+            found = tl.where(norm < 1e-12, 0.0, divide(per_value * along, tl.maximum(norm, 1e-12)))
             tl.store(slope + place * width + n, found, mask=n < positions)
         if SHIFT:
             start, to = pick_pointer(y, pair), pick_pointer(shifted, pair)
@@ -123,7 +123,7 @@ def diversity_target_bwd_map_kernel(
     if (sample < batch) & (first < pick(x_layout[0], item)):
         scale = tl.load(cotangent + pair * cotangent_strides[0] + sample * cotangent_strides[1])
         if MEAN:
-            scale = scale / batch
+            scale = divide(scale, batch)
         n = tl.arange(0, BLOCK_N)
         slopes = scale * tl.load(slope + (pair * row + sample) * width + n, mask=n < positions, other=0.0)
         if READY:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfuse.kernels import _triton
-from fastfuse.kernels._device import pick, pick_pointer, table
+from fastfuse.kernels._device import divide, pick, pick_pointer, table
 from fastfuse.kernels.attention_mse.triton_maps import LONG_SIDE, compare_maps, map_gradient, tile_sides
 from fastfuse.kernels.normalized_lp.layout import gradient_like
 from fastfuse.kernels.normalized_lp.triton_sums import (
@@ -82,8 +82,8 @@ def normalized_lp_fwd_joint_kernel(
             product = tl.sum(tl.sum(a * b, 0))
             store_squares(place + step, plane, a, b, tl.sum(a_square), tl.sum(b_square), product, P)
         own = maps + pick(extents[4], pair) + sample * positions + position
-        tl.store(own, x_squares / channels, mask=inside)
-        tl.store(own + half, y_squares / channels, mask=inside)
+        tl.store(own, divide(x_squares, channels), mask=inside)
+        tl.store(own + half, divide(y_squares, channels), mask=inside)
 
 
 @triton.jit
@@ -142,8 +142,8 @@ def _attention_slope(
         position, positions,
     )  # fmt: skip
     if MEAN:
-        slope = slope / batch
-    return slope * 2 / channels
+        slope = divide(slope, batch)
+    return divide(slope * 2, channels)
 
 
 @triton.jit
@@ -166,9 +166,10 @@ def normalized_lp_bwd_joint_kernel(
             cotangents[1], cotangent_strides[1], maps, half, stats, plane, row, extents, item, 1, sample, position, MEAN
         )
         strides = cotangent_strides[0]
-        upstream = tl.load(cotangents[0] + pair * strides[0] + sample * strides[1]) / (channels * positions)
+        upstream = tl.load(cotangents[0] + pair * strides[0] + sample * strides[1])
+        upstream = divide(upstream, channels * positions)
         if MEAN:
-            upstream = upstream / batch
+            upstream = divide(upstream, batch)
         place = stats + pair * row + sample
         for first in range(0, channels, BLOCK_C):
             channel = first + tl.arange(0, BLOCK_C)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfuse.kernels._device import pick, pick_pointer, table
+from fastfuse.kernels._device import divide, pick, pick_pointer, table
 from fastfuse.kernels._triton import check_span, launch_constants
 from fastfuse.kernels.normalized_lp.layout import gradient_like, rows
 from fastfuse.kernels.normalized_lp.triton_sums import (
@@ -110,9 +110,9 @@ def normalized_lp_bwd_kernel(
         place = stats + pair * row + sample
         a, b = _tile(x, x_layout, y, y_layout, extents, item, sample, tile, FLAT, TILE)
         g = distance_slope(place, plane, a, b, P)
-        slope = tl.load(cotangent + pair * cotangent_strides[0] + sample * cotangent_strides[1]) / elements
+        slope = divide(tl.load(cotangent + pair * cotangent_strides[0] + sample * cotangent_strides[1]), elements)
         if MEAN:
-            slope = slope / batch
+            slope = divide(slope, batch)
         element = tile * TILE + tl.arange(0, TILE)
         if pick(extents[5], item):
             to = _places(dx_layout, pick(extents[3], item), item, sample, element, FLAT)

@@ -9,7 +9,7 @@ every tile: |x|^2, |y|^2, and for p = 2 r, |x - r y|^2 and (x - r y).y; for p = 
 import triton
 import triton.language as tl
 
-from fastfuse.kernels._device import ordered_sum, pick, pick_pointer, sum_of_samples
+from fastfuse.kernels._device import divide, ordered_sum, pick, pick_pointer, sum_of_samples
 
 
 @triton.jit
@@ -29,8 +29,8 @@ def store_squares(place, plane, a, b, x_square, y_square, product, P: tl.constex
 def store_distance(place, plane, a, b, x_norm, y_norm):
     """The sums of a tile for p = 1, which need the norms (in fp64)."""
     ratio, rest = norm_ratio(x_norm, y_norm)
-    x_scale = 1 / tl.maximum(x_norm.to(tl.float32), 1e-12)
-    y_scale = 1 / tl.maximum(y_norm.to(tl.float32), 1e-12)
+    x_scale = divide(1.0, tl.maximum(x_norm.to(tl.float32), 1e-12))
+    y_scale = divide(1.0, tl.maximum(y_norm.to(tl.float32), 1e-12))
     difference = unit_difference(a, b, x_scale, ratio, rest)
     direction = sign(difference)
     tl.store(place + 2 * plane, tl.sum(tl.abs(difference)))
@@ -111,7 +111,7 @@ def combine(first, plane, tiles, elements, loss, stats, step, P: tl.constexpr, B
 @triton.jit
 def distance_slope(stats, plane, a, b, P: tl.constexpr):
     """g = e or sign(e) of a tile, from the statistics of its sample."""
-    x_scale = 1 / tl.maximum(tl.load(stats), 1e-12)
+    x_scale = divide(1.0, tl.maximum(tl.load(stats), 1e-12))
     g = unit_difference(a, b, x_scale, tl.load(stats + 4 * plane), tl.load(stats + 5 * plane))
     return g if P == 2 else sign(g)
 
@@ -120,7 +120,7 @@ def distance_slope(stats, plane, a, b, P: tl.constexpr):
 def map_slope(stats, plane, own, g, upstream, P: tl.constexpr, SIDE: tl.constexpr):
     """Gradient of a tile of one map: (g - (xh.g) xh) / |x| for x (side 0), the same of y with -g (side 1)."""
     norm, dot = tl.load(stats + SIDE * plane), tl.load(stats + (2 + SIDE) * plane)
-    scale = 1 / tl.maximum(norm, 1e-12)
+    scale = divide(1.0, tl.maximum(norm, 1e-12))
     # A map without a direction has no gradient; eager multiplies by 1e12 there.
     slope = tl.where(norm < 1e-12, 0.0, P * upstream * scale)
     return slope * ((g if SIDE == 0 else -g) - dot * scale * own)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfuse.kernels._device import ordered_sum, pick, pick_pointer
+from fastfuse.kernels._device import divide, ordered_sum, pick, pick_pointer
 from fastfuse.kernels.peer_kl_ce.triton_rows import (
     against_label,
     excess,
@@ -53,7 +53,7 @@ def peer_kl_ce_fwd_sample_kernel(
             tl.store(correct + here, tl.where(valid & (preferred == 0), 1, 0))
             loss = tl.log(total_1) - (logit - highest_1)
             if SMOOTHED:
-                loss = tl.log(total_1) - (1.0 - smoothing) * (logit - highest_1) - smoothing * (lowered / classes)
+                loss = tl.log(total_1) - (1.0 - smoothing) * (logit - highest_1) - smoothing * divide(lowered, classes)
             # Not a class: no loss can be given, and none is made up.
             tl.store(ce + here, tl.where(valid, loss, float("nan")))
     highest, total = statistics(rows, strides, MEMBERS, head, sample, classes, temperature, BLOCK)
@@ -84,7 +84,7 @@ def peer_kl_ce_fwd_sample_kernel(
         # A target sums to 1 + K epsilon.
         divergence = tl.sum(summed, 0) + mass_of_targets * classes * epsilon
         if weights is None:
-            divergence /= tl.maximum(count, 1)
+            divergence = divide(divergence, tl.maximum(count, 1))
         tl.store(kl + here, divergence * temperature * temperature)
 
 
@@ -96,13 +96,14 @@ def peer_kl_ce_fwd_reduce_kernel(
     head = tl.program_id(0)
     first = head.to(tl.int64) * batch
     if ce is not None:
-        tl.store(ce + head, ordered_sum(ce_samples + first, batch, BLOCK) / divisor)
+        tl.store(ce + head, divide(ordered_sum(ce_samples + first, batch, BLOCK), divisor))
         tl.store(correct + head, ordered_sum(correct_samples + first, batch, BLOCK, tl.int64))
     named = 0
     for w in tl.static_range(WORDS):
         named |= pick(links, head * WORDS + w)
     # 0 for a head without teachers, also where the mean of an empty batch is none.
-    tl.store(kl + head, tl.where(named == 0, 0.0, ordered_sum(kl_samples + first, batch, BLOCK) / divisor))
+    divergence = divide(ordered_sum(kl_samples + first, batch, BLOCK), divisor)
+    tl.store(kl + head, tl.where(named == 0, 0.0, divergence))
 
 
 @triton.jit
@@ -122,7 +123,7 @@ def peer_kl_ce_bwd_logits_kernel(
     if grad_ce is not None:
         label = tl.load(labels + sample)
         p = tl.exp(z - tl.load(stats + 2 * plane + here)) / tl.load(stats + 3 * plane + here)
-        part = p - tl.where(k == label, 1.0 - smoothing, 0.0) - smoothing / classes
+        part = p - tl.where(k == label, 1.0 - smoothing, 0.0) - divide(smoothing, classes)
         part = tl.where((label >= 0) & (label < classes), part, float("nan"))
         slope += part * tl.load(grad_ce + head * grad_ce_strides[0] + sample * grad_ce_strides[1])
     if grad_kl is not None:
@@ -141,10 +142,10 @@ def peer_kl_ce_bwd_logits_kernel(
                 part += share(weights, weight_strides, head, source, times) * (p - q)
         if count > 0:
             if weights is None:
-                part /= count
+                part = divide(part, count)
             slope += part * temperature * tl.load(grad_kl + head * grad_kl_strides[0] + sample * grad_kl_strides[1])
     first = pick_pointer(grads, turn) + sample * pick(grad_strides[0], turn)
-    tl.store(first + k.to(tl.int64) * pick(grad_strides[1], turn), slope / divisor, mask=inside)
+    tl.store(first + k.to(tl.int64) * pick(grad_strides[1], turn), divide(slope, divisor), mask=inside)
 
 
 def _block(classes: int) -> dict[str, int]:
