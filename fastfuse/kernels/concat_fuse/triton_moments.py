@@ -19,10 +19,12 @@ def store_moments(partial, x, c, inside, present, channels):
 def moments(x, inside):
     """Mean of each column of a tile, over its rows that are inside, and the sum of squared differences from it."""
     count = tl.sum(inside.to(tl.float32))
-    mean = divide(tl.sum(tl.where(inside[:, None], x, 0.0), 0), count)
+    # One division for all channels: with one for each, registers spill on sm_100.
+    share = divide(1.0, count)
+    mean = tl.sum(tl.where(inside[:, None], x, 0.0), 0) * share
     difference = tl.where(inside[:, None], x - mean[None, :], 0.0)
     # The mean's own rounding matters where it is large against the spread; what it left over is added back.
-    slip = divide(tl.sum(difference, 0), count)
+    slip = tl.sum(difference, 0) * share
     return mean + slip, tl.sum(difference * difference, 0) - count * slip * slip
 
 
