@@ -19,6 +19,8 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 ALIASES = {"attention_map": "attention_mse", "diversity": "diversity_target", "peer_kl": "peer_kl_ce"}
 # One call of every kernel is enough for the sanitizer, which makes each a hundred times slower.
 SHORT = re.compile(r"(triton_equals|on_a_gpu).*\[(?=.*float32)(?=.*channels_last)")
+# Tens of GB of GPU memory, or a measurement: one process after another, beside nothing else.
+ALONE = re.compile(r"beyond_32_bits|test_benchmarks_gpu")
 MOST = 24  # tests of a process: one that takes long must not be the last
 
 
@@ -46,10 +48,14 @@ def op_of(test: str, ops: Sequence[str]) -> str | None:
 
 
 def shards(tests: Sequence[str], ops: Sequence[str]) -> dict[str, list[str]]:
-    """Tests by operator, those of something else by file, in pieces "NAME-1", "NAME-2" of MOST tests at most."""
+    """Tests by operator, those of something else by file, in pieces "NAME-1", "NAME-2" of MOST tests at most.
+
+    Those that must be alone are "alone-1" and so on.
+    """
     found: dict[str, list[str]] = {}
     for test in tests:
-        found.setdefault(op_of(test, ops) or Path(test.partition("::")[0]).stem, []).append(test)
+        name = "alone" if ALONE.search(test) else op_of(test, ops) or Path(test.partition("::")[0]).stem
+        found.setdefault(name, []).append(test)
     return {
         f"{name}-{i // MOST + 1}": own[i : i + MOST] for name, own in found.items() for i in range(0, len(own), MOST)
     }
@@ -96,8 +102,10 @@ def run(
         command = [*prefix, *PYTEST, f"--junitxml={out / name}.xml", *own]
         return name, None if left is not None and left < 5 else limited(command, out / f"{name}.log", left)
 
+    alone = [entry for entry in groups if entry[0].startswith("alone-")]
     with ThreadPoolExecutor(jobs) as pool:
-        statuses = dict(pool.map(one, groups))
+        statuses = dict(pool.map(one, [entry for entry in groups if entry not in alone]))
+    statuses |= dict(map(one, alone))
     return judged(dict(groups), ops, statuses, lambda name: heard(out / f"{name}.xml"))
 
 
@@ -118,9 +126,10 @@ def judged(
         if status and not bad:  # the sanitizer says so at the end of a process, not of a test
             bad[name] = f"exit status {status}"
         result.bad |= bad
-        op = name.rpartition("-")[0]
-        if op in ops and any(not what.startswith("skipped") for what in bad.values()):
-            result.red.add(op)
+        result.red |= {
+            op for test, what in bad.items() if not what.startswith("skipped")
+            if (op := op_of(test, ops) or name.rpartition("-")[0]) in ops
+        }  # fmt: skip
     return result
 
 

@@ -171,6 +171,16 @@ def test_many_tests_of_one_operator_are_shared_out():
     assert [*pieces["attention_mse-1"], *pieces["attention_mse-2"]] == tests
 
 
+def test_tests_that_need_the_gpu_for_themselves_run_after_all_others(tmp_path, monkeypatch):
+    tests = ["t.py::test_offsets_beyond_32_bits[normalized_lp-cuda]", "t.py::a[attention_mse]", "t.py::b"]
+    assert list(gpu_tests.shards(tests, OPS)) == ["alone-1", "attention_mse-1", "t-1"]
+    order = []
+    monkeypatch.setattr(gpu_tests, "limited", lambda command, log, seconds: order.append(log.stem) or 1)
+    result = gpu_tests.run(tests, OPS, tmp_path, seconds=None, jobs=2)
+    assert order[-1] == "alone-1" and len(order) == 3
+    assert result.red == {"attention_mse", "normalized_lp"}
+
+
 def test_what_was_not_heard_of_is_red():
     groups = gpu_tests.shards(["t.py::a[attention_mse]", "t.py::a[normalized_lp]", "t.py::b"], OPS)
     statuses = {"attention_mse-1": None, "normalized_lp-1": -11, "t-1": 9}

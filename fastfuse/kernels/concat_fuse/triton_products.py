@@ -22,6 +22,9 @@ CHANNELS = 64
 GRADIENT_CHANNELS = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
 INNER = {torch.float32: 16, torch.float16: 32, torch.bfloat16: 32}
 WARPS = 8
+# Registers a thread of float32 products of contiguous maps: all that 8 warps can have. Left alone, the assembler takes
+# 128 and spills 96 bytes (sm_90, triton 3.8); told to take 128, it spills elsewhere.
+CONTIGUOUS_REGISTERS = 255
 STAGES = 3
 # Moments of tiles are merged so many at once, for few channels: many programs.
 MERGE_ROWS = 32
@@ -95,11 +98,13 @@ def convolve(
     positions, table = batch * height * width, table_of([[x] for x in outs])
     own = _own("fwd", outs[0], OUTPUTS=OUTPUTS)
     columns = width_of(max(table.channels), own.OUTPUTS)
+    contiguous = outs[0].dtype == torch.float32 and features[0][0].stride(1) != 1
+    limit = {"maxnreg": CONTIGUOUS_REGISTERS} if contiguous else {}
     kernels.concat_conv1x1_fwd_kernel[(triton.cdiv(positions, POSITIONS), tiles(table, columns))](
         table_of(features), *(affine or (None, None)), weights_of(weights), table, partial,
         positions, height * width, sum(table.channels),
         PRECISION=precision(outs[0]), POSITIONS=POSITIONS, OUTPUTS=columns, INNER=own.INNER,
-        num_warps=own.WARPS, num_stages=own.STAGES,
+        num_warps=own.WARPS, num_stages=own.STAGES, **limit,
     )  # fmt: skip
 
 

@@ -11,9 +11,9 @@ from fastfuse.kernels._triton import launch_constants, map_strides
 from fastfuse.kernels.grouped_conv import layout
 from fastfuse.kernels.grouped_conv import triton_kernels as kernels
 
-# Positions, outer and inner channels of a tile at most. Exact float32 products run on the ordinary arithmetic units,
-# whose operands live in registers: smaller tiles.
-HALF_TILE, FLOAT_TILE = (128, 64, 64), (64, 32, 16)
+# Positions, outer and inner channels of a tile at most; with 64 inner ones sm_80 spills. Exact float32 products run on
+# the ordinary arithmetic units, whose operands live in registers: smaller tiles.
+HALF_TILE, FLOAT_TILE = (128, 64, 32), (64, 32, 16)
 HALF_STAGES, FLOAT_STAGES = 3, 2
 WARP_ELEMENTS = 1024  # of a product's accumulator
 LEAST = 16  # side of a tile that tl.dot takes
