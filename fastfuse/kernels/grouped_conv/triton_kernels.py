@@ -55,20 +55,23 @@ def _store(target, total, sample, position, inside, n, strides, OUTER: tl.conste
 
 @triton.jit
 def grouped_conv_fwd_kernel(
-    x, weight, out, groups, batch, x_strides, w_strides, o_strides,
+    x, weight, out, groups, taps, batch, x_strides, w_strides, o_strides,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, CHANNELS_IN: tl.constexpr, CHANNELS_OUT: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of BLOCK_M positions by BLOCK_N channels of one group's result."""
+    """A tile of BLOCK_M positions by BLOCK_N channels of one group's result.
+
+    `taps` is KERNEL, as a number that the compiler does not know: all taps unrolled need more registers than there are.
+    """
     columns: tl.constexpr = (CHANNELS_OUT + BLOCK_N - 1) // BLOCK_N
     group, rest = tl.program_id(0) % groups, tl.program_id(0) // groups
     sample, i, j, inside = _places(rest // columns, batch, OUT_HEIGHT, OUT_WIDTH, BLOCK_M)
     n = rest % columns * BLOCK_N + tl.arange(0, BLOCK_N)
     total = _gathered(
         x + group * CHANNELS_IN * x_strides[1], weight + group * CHANNELS_OUT * w_strides[0], sample,
-        STRIDE * i - KERNEL // 2, STRIDE * j - KERNEL // 2, inside, n, KERNEL, KERNEL, 0, x_strides,
+        STRIDE * i - KERNEL // 2, STRIDE * j - KERNEL // 2, inside, n, taps, taps, 0, x_strides,
         (w_strides[1], w_strides[0], w_strides[2]), HEIGHT, WIDTH, 1, 1, KERNEL, CHANNELS_IN, CHANNELS_OUT, DTYPE,
         PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip

@@ -11,8 +11,8 @@ from fastfuse.kernels._triton import launch_constants, map_strides
 from fastfuse.kernels.grouped_conv import layout
 from fastfuse.kernels.grouped_conv import triton_kernels as kernels
 
-# Positions, outer and inner channels of a tile at most; with 64 inner ones sm_80 spills. Exact float32 products run on
-# the ordinary arithmetic units, whose operands live in registers: smaller tiles.
+# Positions, outer and inner channels of a tile at most. Exact float32 products run on the ordinary arithmetic units,
+# whose operands live in registers: smaller tiles. 64 inner channels spill on sm_80 with triton 3.8.
 HALF_TILE, FLOAT_TILE = (128, 64, 32), (64, 32, 16)
 HALF_STAGES, FLOAT_STAGES = 3, 2
 WARP_ELEMENTS = 1024  # of a product's accumulator
@@ -38,7 +38,7 @@ def launch_fwd(x: Tensor, weight: Tensor, groups: int, stride: int) -> Tensor:
     positions = out.shape[0] * out.shape[2] * out.shape[3]
     programs = triton.cdiv(positions, tile[0]) * triton.cdiv(channels, tile[1]) * groups
     kernels.grouped_conv_fwd_kernel[(programs,)](
-        x, weight, out, groups, x.shape[0], tuple(x_strides), tuple(w_strides), map_strides(out)[1:],
+        x, weight, out, groups, weight.shape[2], x.shape[0], tuple(x_strides), tuple(w_strides), map_strides(out)[1:],
         **_constants(x, out, weight, stride), **_precise(x), **_sides(tile), **options,
     )  # fmt: skip
     return out
