@@ -112,7 +112,6 @@ def far_apart(x):
 
 
 @pytest.mark.long
-@pytest.mark.heavy
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", WITH_TWO_SAMPLES, ids=lambda case: case.reason)

@@ -16,7 +16,7 @@ from fastfuse.kernels.batch_norm_act import triton_forward as fwd
 TILE_BYTES = 8192  # of a map
 WARP_ELEMENTS = 512  # of a tile: 16 for each thread; with half as many ptxas still spills float32 on sm_90
 # Registers a thread in the backward of contiguous float32 maps. Left alone, the assembler takes a few too little and
-# spills 8 bytes (56 on sm_100 with triton 3.6, 80 on sm_90 with triton 3.9).
+# spills 8 bytes (56 on sm_100 with triton 3.6, 80 on sm_90 with triton 3.8).
 CONTIGUOUS_REGISTERS = 128
 WIDEST, NARROWEST = 64, 16  # channels of a block: a line of 128 bytes, or a sector of 32, of half-precision channels
 PROGRAMS = 528  # four for each multiprocessor of an H200

@@ -24,12 +24,12 @@ from fastfuse.kernels.deep_to_shallow.triton_tiles import (
 # Of half precision: with 4, Triton 3.6 spills 224 bytes on sm_100.
 ATTENTION_WARPS = 8
 # A thread's registers in these: all that 8 warps can have. Left alone, the assembler takes 80 and spills 24 bytes
-# (bfloat16, sm_80, triton 3.9).
+# (bfloat16, sm_80, triton 3.8).
 ATTENTION_REGISTERS = 255
 # Of a float32 tile, which also adds up squares: with 32, sm_80 and sm_100 spill with 4 warps and with 8.
 ATTENTION_COLUMNS = 16
 # Registers a thread of a float32 tile that is shifted on load, its channels contiguous: as many as three blocks of a
-# multiprocessor can have. Left alone, the assembler takes 96 and spills 8 bytes (sm_80, triton 3.9).
+# multiprocessor can have. Left alone, the assembler takes 96 and spills 8 bytes (sm_80, triton 3.8).
 SHIFTED_REGISTERS = 168
 # Of a half-precision tile of few columns from a map whose positions are contiguous, loaded one by one. Left alone, the
 # assembler takes 72 and spills 12 bytes (bfloat16, sm_100, triton 3.6).
