@@ -36,7 +36,7 @@ ARCHIVE, STATE, SUMMARY = "results.tar.gz", "state.json", "summary.txt"
 OVER = "the time was over"
 
 
-class Session:
+class Check:
     """The parts of one call, and what earlier calls have left.
 
     Args:
@@ -70,7 +70,7 @@ class Session:
         try:
             state = json.loads((folder / STATE).read_text())
         except (OSError, ValueError) as error:
-            raise InputError(f"--after {folder} holds no earlier session: {error}") from error
+            raise InputError(f"--after {folder} holds no earlier check: {error}") from error
         for key in ("device", "commit"):
             if state["where"][key] != self.where[key]:
                 raise InputError(
@@ -225,25 +225,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = options.out or gpu_tests.ROOT / "benchmarks" / "results" / name
         work = Path(tempfile.mkdtemp(prefix="gpu_check_")) if options.pack else out
         end = None if options.max_time is None else began + options.max_time
-        session = Session(work, end, where, ops, launches)
+        check = Check(work, end, where, ops, launches)
         if options.after is not None:
-            session.after(options.after)
+            check.after(options.after)
     except FastfuseError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return carry_out(session, parts, out if options.pack else None)
+    return carry_out(check, parts, out if options.pack else None)
 
 
-def carry_out(session: Session, parts: Sequence[Part], packed: Path | None) -> int:
+def carry_out(check: Check, parts: Sequence[Part], packed: Path | None) -> int:
     """All parts one after another, saved after each; the summary comes last."""
     text = ""
     for part in parts:
-        session.run(part)
-        text = session.save()
+        check.run(part)
+        text = check.save()
         if packed is not None:
-            pack(session.work, packed)
+            pack(check.work, packed)
     print(text)
-    return 0 if all(session.parts[part.name]["status"] in ("ok", "before") for part in parts) else 1
+    return 0 if all(check.parts[part.name]["status"] in ("ok", "before") for part in parts) else 1
 
 
 if __name__ == "__main__":

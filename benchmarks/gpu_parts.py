@@ -1,4 +1,4 @@
-"""What a session on a GPU consists of, in the order of value: programs of this folder, each with a time of its own."""
+"""What the check on a GPU consists of, in the order of value: programs of this folder, each with a time of its own."""
 
 import sys
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ class Part:
 
     Attributes:
         name: of the part, its log and its files.
-        seconds: at most, where the session's time is limited.
+        seconds: at most, where its time is limited.
         command: of Python; empty for the tests. {out} is the part's folder, {seconds} its time.
         timed: options that need a limited time.
         shown: lines of its output for the summary, from the end.
@@ -72,7 +72,7 @@ RESERVE = 8  # seconds, for packing
 
 
 def allotted(part: Part, left: float | None) -> float | None:
-    """Seconds for a part when so many are left of the session; 0: it must wait for another one. None: no limit."""
+    """Seconds for a part when so many are left of the check; 0: it must wait for another one. None: no limit."""
     if left is None:
         return None
     seconds = min(part.seconds, left - RESERVE)

@@ -1,4 +1,4 @@
-"""What a session on a GPU has found, as text: every part's end, and the operators that fall short of their targets."""
+"""What the check on a GPU has found, as text: every part's end, and the operators that fall short of their targets."""
 
 import json
 from pathlib import Path

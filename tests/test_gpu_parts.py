@@ -1,4 +1,4 @@
-"""The session on a GPU with stand-ins for its parts: order, limits, failures, going on, red operators."""
+"""The check on a GPU with stand-ins for its parts: order, limits, failures, going on, red operators."""
 
 import json
 import sys
@@ -19,8 +19,8 @@ KEYS = ("device", "torch", "triton", "python", "commit", "date")
 WHERE = {key: f"some {key}" for key in KEYS}
 
 
-def session(work, end=None):
-    return gpu_check.Session(work, end, WHERE, OPS, LAUNCHES)
+def check(work, end=None):
+    return gpu_check.Check(work, end, WHERE, OPS, LAUNCHES)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_a_part_that_fails_or_hangs_costs_the_others_nothing(script, tmp_path, c
         script("step", "pathlib.Path(sys.argv[1], 'step.json').write_text('1'); print('ratio 2')", "{out}"),
         script("kernels", "print('warning: the time was over before 3 of 9 cases')"),
     ]
-    made = session(tmp_path / "work", time.monotonic() + gpu_parts.LEAST + gpu_parts.RESERVE + 3)
+    made = check(tmp_path / "work", time.monotonic() + gpu_parts.LEAST + gpu_parts.RESERVE + 3)
     limits = iter([20.0, 3.0, 20.0, 20.0])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_check, "allotted", lambda part, left: next(limits))
@@ -60,13 +60,13 @@ def test_a_part_that_fails_or_hangs_costs_the_others_nothing(script, tmp_path, c
 
 def test_a_later_call_goes_on(script, tmp_path):
     text = f"pathlib.Path(sys.argv[1], 'kernels_1of1_cuda.json').write_text({NO_ROWS!r})\n"
-    first = session(tmp_path / "work")
+    first = check(tmp_path / "work")
     first.red = ["diversity_target"]
     parts = [script("step", "print('measured')"), script("kernels", text + "print('the time was over')", "{out}")]
     parts.append(script("tune", f"pathlib.Path(sys.argv[1], 'tune.json').write_text({TUNED!r}); sys.exit(1)", "{out}"))
     assert gpu_check.carry_out(first, parts, tmp_path / "first") == 1
 
-    second = session(tmp_path / "more")
+    second = check(tmp_path / "more")
     second.after(tmp_path / "first")
     say = "print(*sys.argv[1:])"
     parts = [script("step", "sys.exit(1)"), script("kernels", say), script("tune", say)]
@@ -78,10 +78,10 @@ def test_a_later_call_goes_on(script, tmp_path):
     assert second.parts["tune"]["said"] == ["--launches normalized_lp_bwd"]
     assert (tmp_path / "more" / "kernels" / "kernels_1of1_cuda.json").exists()
 
-    other = gpu_check.Session(tmp_path / "x", None, WHERE | {"commit": "another"}, OPS, LAUNCHES)
+    other = gpu_check.Check(tmp_path / "x", None, WHERE | {"commit": "another"}, OPS, LAUNCHES)
     with pytest.raises(InputError, match="commit"):
         other.after(tmp_path / "first")
-    with pytest.raises(InputError, match="no earlier session"):
+    with pytest.raises(InputError, match="no earlier check"):
         other.after(tmp_path / "nowhere")
 
 
@@ -90,7 +90,7 @@ TUNED = json.dumps({"searches": [{"launch": "attention_mse_fwd"}]})
 
 
 def test_red_operators_are_not_timed(script, tmp_path):
-    made = session(tmp_path)
+    made = check(tmp_path)
     made.red = ["attention_mse"]
     say = "print(*sys.argv[1:])"
     parts = [script(name, say) for name in ("kernels", "short", "tune", "step")]
@@ -156,7 +156,7 @@ def test_a_failed_test_makes_its_operator_red(tmp_path, monkeypatch):
     (tmp_path / "pyproject.toml").write_text(settings)
     monkeypatch.setattr(gpu_tests, "ROOT", tmp_path)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # they take seconds to load
-    made = session(tmp_path / "work")
+    made = check(tmp_path / "work")
     found = made._tests(Part("tests", 60), 60)
     assert made.red == ["attention_mse"]
     assert found["status"] == "failed" and found["said"][0] == "2 of 4 passed; red operators: attention_mse"
