@@ -123,8 +123,9 @@ def load_matching(path: Path, config: TrainConfig, data: str) -> dict[str, Any]:
     state = load_newest(path)
     from fastfuse.train import build  # which imports what imports this
 
-    # Resolved again: of an option that is younger than the run it had the default.
-    stored = dataclasses.asdict(build.resolved(TrainConfig(**configuration.from_plain(state["config"]))))
+    # Resolved again: of an option that is younger than the run it had the default. What may change is what it is now.
+    runtime = {name: getattr(config, name) for name in configuration.RUNTIME_FIELDS}
+    stored = dataclasses.asdict(build.resolved(TrainConfig(**configuration.from_plain(state["config"]) | runtime)))
     for name, value in dataclasses.asdict(config).items():
         if name not in configuration.RUNTIME_FIELDS and stored[name] != value:
             raise CheckpointError(

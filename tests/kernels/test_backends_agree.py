@@ -124,7 +124,7 @@ def test_offsets_beyond_32_bits(case, memory_format, device, monkeypatch):
 
 ONE_OF_EACH = list({case.reason.split(":")[0].split()[0]: case for case in CASES}.values())
 OF_MAPS = [case for case in ONE_OF_EACH if len(case.shapes[0]) == 4]
-COUNT_IN_32_BITS = ("attention_m", "normalized_lp", "concat_", "deep_to_shallow")
+COUNT_IN_32_BITS = ("attention_m", "normalized_lp", "concat_", "deep_to_shallow", "grouped_conv")
 
 
 def channels_far_apart(x):

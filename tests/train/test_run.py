@@ -119,7 +119,15 @@ def test_info_lists_every_operator_with_the_reason_why_a_backend_is_missing(caps
     found = json.loads(capsys.readouterr().out)
     assert torch.__version__.startswith(found["versions"]["torch"])
     assert "cpu" in found["devices"]
-    expected = {"attention_mse", "augment", "concat_conv1x1", "concat_fuse", "deep_to_shallow", "diversity_target"}
+    expected = {
+        "grouped_conv",
+        "attention_mse",
+        "augment",
+        "concat_conv1x1",
+        "concat_fuse",
+        "deep_to_shallow",
+        "diversity_target",
+    }
     expected |= {"aggregate_distance", "batch_norm_act", "feature_kl", "feature_mse", "normalized_lp", "peer_kl_ce"}
     assert expected == found["ops"].keys()
     for op, backends in found["ops"].items():

@@ -18,6 +18,9 @@ WARP_ELEMENTS = 512  # of a tile: 16 for each thread; with half as many ptxas st
 # Registers a thread in the backward of contiguous float32 maps. Left alone, the assembler takes a few too little and
 # spills 8 bytes (56 on sm_100 with triton 3.6, 80 on sm_90 with triton 3.8).
 CONTIGUOUS_REGISTERS = 128
+# Registers a thread of the forward, at most. Left alone, the assembler takes 48 or 80 and spills 16 to 24 bytes
+# (bfloat16, sm_90, triton 3.8); 64 are too few elsewhere.
+REGISTERS = 128
 WIDEST, NARROWEST = 64, 16  # channels of a block: a line of 128 bytes, or a sector of 32, of half-precision channels
 PROGRAMS = 528  # four for each multiprocessor of an H200
 FEW = 264  # with fewer programs than this, narrower blocks of channels make more of them
@@ -123,7 +126,7 @@ def forward(
     fwd.batch_norm_act_fwd_apply_kernel[plan.grid](
         x, residual, out, strides, parts if attention_groups else None, weight, bias, statistics,
         mean, var, running_mean, running_var, momentum, eps, partial, plan.grid[1], *plan.extents,
-        RELU=relu, ROWS=_rows(plan.tile), **plan.tile,
+        RELU=relu, ROWS=_rows(plan.tile), **plan.tile, maxnreg=REGISTERS,
     )  # fmt: skip
     if parts is not attention:
         size = attention.numel()
