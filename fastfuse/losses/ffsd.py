@@ -85,8 +85,8 @@ def terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> tuple[W
     targets = _targets(loss, batch, [*shifted, fused_map])
     names = [f"student{i}" for i in range(count)]
     singles = [f"{name}_{kind}" for kind in ("ce", "dml") for name in names]
-    singles[count:count] = ["fusion_ce", *["leader_ce"] * bool(leader)]
-    singles += ["fusion_kl", *["leader_kl"] * bool(leader), *(f"{name}_diversity" for name in names[1:])]
+    singles[count:count] = ["fusion_ce", *(["leader_ce"] if leader else [])]
+    singles += ["fusion_kl", *(["leader_kl"] if leader else []), *(f"{name}_diversity" for name in names[1:])]
     inputs, attention_targets = [], []
     if leader:
         singles += ["leader_fusion", "leader_trans_fusion"]
@@ -100,7 +100,7 @@ def terms(loss: "FusionLoss", batch: "Batch", weight: float | Tensor) -> tuple[W
         values.append(functional.attention_mse(inputs, attention_targets))
     several = [f"{name}_self_distillation" for name in learners]
     if loss.transforms:
-        values += _transform_losses(loss, batch)
+        values = [*values, *_transform_losses(loss, batch)]
         trained = [
             f"transform_{name}" if name == "leader" else name.replace("student", "transform") for name in learners
         ]

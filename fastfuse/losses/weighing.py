@@ -31,7 +31,7 @@ class Weights:
         """All weights, [values], for a factor of the ramp, a number or 0-d."""
         if isinstance(factor, Tensor):
             return torch.addcmul(self.fixed, self.ramped, factor.to(self.ramped))
-        return torch.add(self.fixed, self.ramped, alpha=factor)
+        return self.fixed + self.ramped * factor  # not as alpha: torch 2.11 would compile again for every number
 
 
 class Weighed(NamedTuple):

@@ -36,8 +36,9 @@ def cast_together(layers: Callable[[], Sequence[nn.Module]], device_type: str) -
         layers: gives those of `layers_of`; asked only if they are needed.
         device_type: of their inputs.
     """
-    available = torch.amp.is_autocast_available(device_type)  # not on every device: "meta" has none
-    if not available or not torch.is_autocast_enabled(device_type) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not _casting(
+        device_type
+    ):  # in this order: torch 2.11 cannot trace the question
         yield
         return
     held: Any = [layer._parameters for layer in layers()]
@@ -52,6 +53,11 @@ def cast_together(layers: Callable[[], Sequence[nn.Module]], device_type: str) -
     finally:
         for (own, name), weight in zip(places, weights, strict=True):
             own[name] = weight
+
+
+def _casting(device_type: str) -> bool:
+    # Not every device can: "meta" has no autocast.
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 class _Cast(torch.autograd.Function):
