@@ -209,6 +209,8 @@ def test_compiles_as_one_graph_for_any_progress(case: str) -> None:
     loss = FusionLoss(students, batches.CLASSES, method=method, leader_channels=leader, feature="kl").double()
     given = batches.arguments(students, leader)
     eager = copy.deepcopy(loss)
+    # Settings of the process are read at the first call.
+    copy.deepcopy(loss)(**given, progress=torch.tensor(0.0, dtype=torch.float64))
     counter = CompileCounter()
     compiled = torch.compile(loss, fullgraph=True, backend=counter)
     for progress in (0.0, 2.0, 100.0):
