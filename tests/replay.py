@@ -90,7 +90,7 @@ def build(recording: Recording) -> tuple[Method, dict[str, nn.Module], dict[str,
         ).double()
         settings["weight_decay"] = config["weight_decay_network"]
         settings["fusion_weight_decay"] = config["weight_decay_fusion"]
-        networks = {"network": as_recorded(method.network), "fusion": method.networks()["fusion"]}
+        networks = {"network": as_recorded(method.peers), "fusion": method.networks()["fusion"]}
     else:
         raise SystemExit(f"unknown method {config['method']!r} in the recording's config: ffsd or ffl expected")
     for name, network in networks.items():
@@ -101,7 +101,7 @@ def build(recording: Recording) -> tuple[Method, dict[str, nn.Module], dict[str,
 def as_recorded(branched: nn.Module) -> nn.Module:
     """Branches on the first two stages of a CIFAR ResNet under the recorded names."""
     network = nn.Module()
-    for name, child in branched.trunk.items():
+    for name, child in branched.trunk[0].named_children():
         network.add_module(name, child)
     network.branches = nn.ModuleList(branch.layer3 for branch in branched.branches)
     network.classifiers = nn.ModuleList(branch.fc for branch in branched.branches)

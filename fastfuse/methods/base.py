@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastfuse.errors import InputError, unknown_name
 from fastfuse.losses import ParameterGroups
+from fastfuse.methods.branching import Branched
 from fastfuse.nn import STRATEGIES, Networks
 from fastfuse.nn.teachers import Teachers
 
@@ -53,7 +54,7 @@ class Method(nn.Module, ABC):
     image_parts: ClassVar[int] = 1
     deployed: ClassVar[str]
     defaults: ClassVar[Mapping[str, Any]] = {}
-    peers: Any  # the networks that run side by side, where a method has them
+    peers: Any  # the networks that run side by side (`Networks`, `Branched`), where a method has them
     loop_only: ClassVar[str] = "it holds no networks that read the images side by side"
 
     def forward(self, images: Tensor, labels: Tensor, progress: Tensor) -> MethodOutput:
@@ -116,9 +117,8 @@ class Method(nn.Module, ABC):
         if strategy not in (*STRATEGIES, "auto"):
             raise unknown_name("strategy", strategy, (*STRATEGIES, "auto"))
         self.arrange_teachers(strategy)
-        peers = getattr(self, "peers", None)
-        if isinstance(peers, Networks):
-            return peers.arrange(strategy)
+        if side_by_side(self):
+            return self.peers.arrange(strategy)
         if strategy not in ("loop", "auto"):
             raise InputError(f"{self.name} cannot run as {strategy}: {self.loop_only}; use --strategy loop")
         return "loop"
@@ -170,6 +170,11 @@ class Method(nn.Module, ABC):
     def deployed_states(self) -> dict[str, dict[str, Tensor]]:
         """What is deployed, by name: one network, unless there are replicas."""
         return {self.deployed: self.deployed_state()}
+
+
+def side_by_side(method: nn.Module) -> bool:
+    """Whether a method has `peers`, whose strategy can be chosen; not the share of them that a replica has."""
+    return isinstance(getattr(method, "peers", None), Networks | Branched)
 
 
 def check_students(method: type[Method], students: int) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fastfuse.errors import InputError, unknown_name
 from fastfuse.losses import FusionLoss, ParameterGroups, ffl
 from fastfuse.methods.base import Method, MethodOutput, check_students, network_group
+from fastfuse.methods.branching import Branched
 from fastfuse.models._blocks import last_channels
-from fastfuse.models.branching import Branched
 from fastfuse.models.sizes import last_map_sizes
 from fastfuse.nn import Networks
 
@@ -33,8 +33,7 @@ class FFL(Method):
         hyperparameters: of `FusionLoss(method="ffl")`.
 
     Attributes:
-        network: the trunk with its branches, if shared.
-        peers: the networks, if separate.
+        peers: the networks; if shared, a trunk with branches.
     """
 
     name = "ffl"
@@ -42,7 +41,6 @@ class FFL(Method):
     deployed = "student0"
     takes_image_size = True
     defaults = {**ffl.DEFAULTS, "sharing": "shared", "branch_stage": None}  # noqa: RUF012 - a ClassVar in Method
-    loop_only = "its sub-networks are branches on a trunk that they share, not networks of their own"
 
     def __init__(
         self,
@@ -63,18 +61,15 @@ class FFL(Method):
         networks = [make() for make in make_networks]
         channels = [last_channels(network) for network in networks]
         sizes = None
-        if sharing == "shared":
-            self.network = Branched(networks, stage=branch_stage)
-        else:
-            self.peers = Networks(networks)
-            if image_size is not None:
-                sizes = last_map_sizes(networks, image_size)
+        if sharing == "separate" and image_size is not None:
+            sizes = last_map_sizes(networks, image_size)
+        self.peers = Branched(networks, stage=branch_stage) if sharing == "shared" else Networks(networks)
         self.sharing = sharing
         self.criterion = FusionLoss(channels, num_classes, method="ffl", feature_sizes=sizes, **hyperparameters)
 
     def outputs(self, images: Tensor) -> Sequence[Any]:
         """See `Method.outputs`."""
-        return self.network(images) if self.sharing == "shared" else self.peers(images)
+        return self.peers(images)
 
     def losses(self, outputs: Sequence[Any], labels: Tensor, progress: Tensor) -> MethodOutput:
         """See `Method.losses`."""
@@ -93,7 +88,7 @@ class FFL(Method):
     def networks(self) -> dict[str, nn.Module]:
         """See `Method.networks`."""
         shared = self.sharing == "shared"
-        own = {"network": self.network} if shared else dict(zip(self.students(), self.peers, strict=True))
+        own = {"network": self.peers} if shared else dict(zip(self.students(), self.peers, strict=True))
         return own | {"fusion": self.criterion.fusion}
 
     def students(self) -> list[str]:
@@ -103,9 +98,8 @@ class FFL(Method):
     def parameter_groups(self, **settings: Any) -> ParameterGroups:
         """See `Method.parameter_groups`."""
         own = self.criterion.parameter_groups(**settings)
-        networks = self.network if self.sharing == "shared" else self.peers
-        return ParameterGroups([network_group(list(networks.parameters()), **settings), *own.sgd], own.adam)
+        return ParameterGroups([network_group(list(self.peers.parameters()), **settings), *own.sgd], own.adam)
 
     def deployed_state(self) -> dict[str, Tensor]:
         """See `Method.deployed_state`."""
-        return self.network.plain_state_dict(0) if self.sharing == "shared" else self.peers.state_of(0)
+        return self.peers.state_of(0)

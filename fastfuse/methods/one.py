@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastfuse.losses import ParameterGroups, one
 from fastfuse.losses._checks import check_number
 from fastfuse.methods.base import Method, MethodOutput, check_students, network_group
-from fastfuse.models.branching import Branched
+from fastfuse.methods.branching import Branched
 from fastfuse.nn.gate import Gate, gated
 
 
@@ -28,7 +28,7 @@ class ONE(Method):
         kl_target_epsilon: added to KL targets (its program adds 1e-7).
 
     Attributes:
-        network: the trunk with its branches.
+        peers: the trunk with its branches.
         gate: weighs the branches.
     """
 
@@ -37,7 +37,6 @@ class ONE(Method):
     default_students = 3
     deployed = "student0"
     defaults = {**one.DEFAULTS, "branch_stage": None}  # noqa: RUF012 - declared as a ClassVar[Mapping] in Method
-    loop_only = "its sub-networks are branches on a trunk that they share, not networks of their own"
 
     def __init__(
         self,
@@ -54,13 +53,14 @@ class ONE(Method):
         given = {"temperature": temperature, "rampup_epochs": rampup_epochs, "kl_target_epsilon": kl_target_epsilon}
         for name, value in given.items():
             check_number("--" + name.replace("_", "-"), value, positive=name == "temperature")
-        self.network = Branched([make() for make in make_networks], stage=branch_stage)
-        self.gate = Gate(self.network.feature_channels[self.network.stage - 1], len(make_networks))
+        self.peers = Branched([make() for make in make_networks], stage=branch_stage)
+        self.branch_stage = self.peers.stage
+        self.gate = Gate(self.peers.feature_channels[self.branch_stage - 1], len(make_networks))
         self.hyperparameters = given
 
     def outputs(self, images: Tensor) -> Sequence[Any]:
         """See `Method.outputs`."""
-        return self.network(images)
+        return self.peers(images)
 
     def losses(self, outputs: Sequence[Any], labels: Tensor, progress: Tensor) -> MethodOutput:
         """See `Method.losses`."""
@@ -76,16 +76,16 @@ class ONE(Method):
     def heads(self, outputs: Sequence[Any]) -> dict[str, Tensor]:
         """See `Method.heads`."""
         logits = {name: output.logits for name, output in zip(self.students(), outputs, strict=True)}
-        weights = self.gate(outputs[0].features[self.network.stage - 1])
+        weights = self.gate(outputs[0].features[self.branch_stage - 1])
         return logits | {"gated": gated(weights, list(logits.values()))}
 
     def networks(self) -> dict[str, nn.Module]:
         """See `Method.networks`."""
-        return {"network": self.network, "gate": self.gate}
+        return {"network": self.peers, "gate": self.gate}
 
     def students(self) -> list[str]:
         """See `Method.students`."""
-        return [f"student{i}" for i in range(len(self.network.branches))]
+        return [f"student{i}" for i in range(len(self.peers))]
 
     def parameter_groups(self, **settings: Any) -> ParameterGroups:
         """See `Method.parameter_groups`; as published, the gate is trained as the network is."""
@@ -93,4 +93,4 @@ class ONE(Method):
 
     def deployed_state(self) -> dict[str, Tensor]:
         """See `Method.deployed_state`."""
-        return self.network.plain_state_dict(0)
+        return self.peers.state_of(0)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from fastfuse.errors import InputError
 from fastfuse.losses import ParameterGroups
-from fastfuse.methods.base import Method, MethodOutput
+from fastfuse.methods.base import Method, MethodOutput, side_by_side
+from fastfuse.methods.branching import Branched
 from fastfuse.nn import Networks
 
 
@@ -32,18 +33,18 @@ class Replicas(Method):
 
     def arrange(self, strategy: str) -> str:
         """See `Method.arrange`."""
-        if isinstance(getattr(self, "peers", None), Networks):
+        if side_by_side(self):
             return self.peers.arrange(strategy, replicas=len(self.methods))
         for method in self.methods:
             method.arrange_teachers(strategy)
-        own: list[Any] = [getattr(method, "peers", None) for method in self.methods]
-        if not all(isinstance(peers, Networks) for peers in own):
+        if not side_by_side(self.methods[0]):
             return self.methods[0].arrange(strategy)
-        peers = Networks(network for networks in own for network in networks)
+        own = [method.peers for method in self.methods]
+        peers = own[0].of_replicas(own)
         chosen = peers.arrange(strategy, replicas=len(self.methods))
         self.peers = peers
         for r, method in enumerate(self.methods):
-            method.peers = Share(peers, r * len(own[r]), len(own[r]))
+            method.peers = Share(peers, r, len(own[r]))
         return chosen
 
     def outputs(self, images: Tensor) -> Sequence[Any]:
@@ -75,8 +76,8 @@ class Replicas(Method):
 
     def _peers_of_each(self, images: Tensor) -> list[list[Any]]:
         found = self.peers(images)
-        shares = [method.peers for method in self.methods]
-        return [found[share.start : share.start + len(share)] for share in shares]
+        each = len(found) // len(self.methods)
+        return [found[start : start + each] for start in range(0, len(found), each)]
 
     def heads(self, outputs: Sequence[Any]) -> dict[str, Tensor]:
         """See `Method.heads`."""
@@ -102,7 +103,7 @@ class Replicas(Method):
         own = [method.parameter_groups(**settings) for method in self.methods]
         if hasattr(self, "peers"):
             # The first group of a method is that of its networks, of which a share has no parameters.
-            own[0].sgd[0]["params"] = list(self.peers.parameters())
+            own[0].sgd[0]["params"] = [*self.peers.parameters(), *own[0].sgd[0]["params"]]
         return ParameterGroups(*(_merged([g for groups in kind for g in groups]) for kind in zip(*own, strict=True)))
 
     def results(self) -> dict[str, Any]:
@@ -135,31 +136,35 @@ class Replicas(Method):
             index, _, inner = rest.partition(".")
             if start == "methods" and int(index) == replica:
                 found[inner] = value
-            elif start == "peers" and share.start <= int(index) < share.start + len(share):
-                found[f"peers.{int(index) - share.start}.{inner}"] = value
+            elif start == "peers" and (own := share.own_name(rest)) is not None:
+                found[f"peers.{own}"] = value
         return found
 
 
 class Share(nn.Module):
-    """Some of the networks that others hold and run; it has no parameters itself.
+    """The networks of one replica among those that others hold and run; it has no parameters itself.
 
     Args:
         networks: all of them.
-        start: the first of this share.
+        replica: which one's these are.
         count: how many.
     """
 
-    def __init__(self, networks: Networks, start: int, count: int) -> None:
+    def __init__(self, networks: Networks | Branched, replica: int, count: int) -> None:
         super().__init__()
-        self.start, self._count = start, count
+        self._replica, self._count = replica, count
         self._all = (networks,)  # in a tuple, so that it is no submodule
 
     def __len__(self) -> int:
         return self._count
 
+    def own_name(self, name: str) -> str | None:
+        """See `Networks.own_name`."""
+        return self._all[0].own_name(name, self._replica, self._count)
+
     def state_of(self, index: int) -> dict[str, Tensor]:
         """See `Networks.state_of`."""
-        return self._all[0].state_of(self.start + range(self._count)[index])
+        return self._all[0].state_of(self._replica * self._count + range(self._count)[index])
 
 
 def _merged(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -78,28 +78,6 @@ def build(name: str, num_classes: int, *, taps: Sequence[str] = (), **options: A
     raise unknown_name("model", name, NAMES)
 
 
-def branched(name: str, num_classes: int, *, branches: int, stage: int | None = None, **options: Any) -> nn.Module:
-    """Sub-networks of one architecture on a shared trunk, see `fastfuse.models.branching.Branched`.
-
-    Args:
-        name: of a network that has stages: all but those of others.
-        num_classes: K.
-        branches: number of sub-networks.
-        stage: number of stages that they share; None is all but the last.
-        options: see `build`.
-
-    Raises:
-        InputError: as `build`; a network without stages, or no such number of stages.
-    """
-    from fastfuse.models.branching import Branched, check_stages
-
-    if branches < 1:
-        raise InputError(f"branches must be at least 1, not {branches}")
-    networks = [build(name, num_classes, **options) for _ in range(branches)]
-    check_stages(networks[0], name)
-    return Branched(networks, stage=stage)
-
-
 def _check_options(name: str, options: Iterable[str], known: tuple[str, ...]) -> None:
     for option in options:
         if option not in known:

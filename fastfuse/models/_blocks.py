@@ -29,16 +29,18 @@ class Staged(nn.Module):
         feature_channels: C of each tapped map, shallow to deep.
         raw_taps: the last map is tapped as the last block gives it, whatever the head makes of it; of one network,
             `network.raw_taps = True`.
+        done_stages: stages that others run: what `forward` reads is what the last one of them gives.
     """
 
     stage_modules: ClassVar[tuple[tuple[str, ...], ...]]
     feature_channels: tuple[int, ...]
     raw_taps: bool = False
+    done_stages: int = 0
     fc: nn.Module
 
     def forward(self, images: Tensor) -> NetworkOutput:
         """[B, 3, H, W] to logits [B, K] and the tapped maps, shallow to deep."""
-        return self.resume(images, 0)
+        return self.resume(images, self.done_stages)
 
     def resume(self, x: Tensor, stage: int) -> NetworkOutput:
         """What is left of a forward behind a stage.

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fastfuse.errors import InputError
@@ -87,14 +87,14 @@ def _traced(network: nn.Module) -> fx.GraphModule:
             torch.set_autocast_enabled(kind, enabled)
 
 
-def kinds_of(traced: fx.GraphModule) -> dict[fx.Node, Any]:
-    """What each value is; for a tuple of values, a tuple.
+def kinds_of(traced: fx.GraphModule, *, networks: int = 1, replicas: int = 1) -> dict[fx.Node, Any]:
+    """What each value is; for a tuple of values, a tuple. Norms of the images are given a copy for each network.
 
     Raises:
         InputError: an operation that would mix the channels of networks, or that is not known; it is named.
     """
     kinds: dict[fx.Node, Any] = {}
-    for node in traced.graph.nodes:
+    for node in list(traced.graph.nodes):
         if node.op == "placeholder":
             if kinds:
                 raise refusal("a network of several inputs", f"besides the images it takes {node.target}")
@@ -104,8 +104,19 @@ def kinds_of(traced: fx.GraphModule) -> dict[fx.Node, Any]:
                 raise refusal("the forward of a network", "it gives back what none of its layers has made")
             kinds[node] = fx.node.map_arg(_contents(node), kinds.__getitem__)
         else:
+            if _is_norm(node, traced) and [kinds[source] for source in node.all_input_nodes] == [IMAGES]:
+                with traced.graph.inserting_before(node):
+                    own = traced.graph.call_function(spread, (*node.all_input_nodes, networks, replicas))
+                node.replace_input_with(node.all_input_nodes[0], own)
+                kinds[own] = MAP
             kinds[node] = _kind(node, operation(node, traced), kinds)
     return kinds
+
+
+def spread(images: Tensor, networks: int, replicas: int) -> Tensor:
+    """[N, R C, H, W] to [N, S C, H, W]: for each of S networks the map that it reads, of R ones side by side."""
+    each = networks // replicas
+    return images if each == 1 else torch.cat([own for own in images.chunk(replicas, 1) for _ in range(each)], 1)
 
 
 def operation(node: fx.Node, traced: fx.GraphModule) -> Any:

@@ -1,7 +1,7 @@
 """All networks of a method behind one interface, however they are run."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -43,21 +43,31 @@ class Networks(nn.Module):
         self._set_members(networks)
         self._count = len(self._modules)
 
-    def forward(self, images: Tensor) -> list[Any]:
+    def forward(self, images: Tensor | Sequence[Tensor]) -> list[Any]:
         """[N, 3 R, H, W] to what each network gives; of stacked networks in views of the stacked maps."""
-        if self.casts_together and self.strategy != "branches":  # whose streams would read what is another's
-            with cast_together(self.cast_layers, images.device.type):
-                return self._outputs(images)
-        return self._outputs(images)
+        return self.apart(self.together(images))
 
-    def _outputs(self, images: Tensor) -> list[Any]:
-        if self.strategy == "grouped":
-            return self.stacked.apart(self.stacked(images))
-        own = images.chunk(self.replicas, 1)
+    def together(self, images: Tensor | Sequence[Tensor]) -> Any:
+        """What `apart` takes apart: of stacked networks in the stacked maps, else a list for each network.
+
+        Args:
+            images: [N, 3 R, H, W], or, of networks that are not stacked, R batches in a list.
+        """
+        own = list(images.chunk(self.replicas, 1)) if isinstance(images, Tensor) else images
+        if self.casts_together and self.strategy != "branches":  # whose streams would read what is another's
+            with cast_together(self.cast_layers, own[0].device.type):
+                return self.stacked(images) if self.strategy == "grouped" else self._members_outputs(own)
+        return self.stacked(images) if self.strategy == "grouped" else self._members_outputs(own)
+
+    def apart(self, outputs: Any) -> list[Any]:
+        """What each network gives, from what `together` gave."""
+        return self.stacked.apart(outputs) if self.strategy == "grouped" else outputs
+
+    def _members_outputs(self, images: Sequence[Tensor]) -> list[Any]:
         each = self._count // self.replicas
-        calls = [(network, own[i // each]) for i, network in enumerate(self)]
+        calls = [(network, images[i // each]) for i, network in enumerate(self)]
         if self.strategy == "branches":
-            return _in_branches(calls, images.device)
+            return _in_branches(calls, images[0].device)
         if self._graphs is not None and self.training:
             return in_step(walk(*call, graph) for call, graph in zip(calls, self._graphs, strict=True))
         return [network(batch) for network, batch in calls]
@@ -97,6 +107,17 @@ class Networks(nn.Module):
             self._set_members(members)
         self.strategy, self.replicas, self._cast = chosen, replicas, None
         return chosen
+
+    @classmethod
+    def of_replicas(cls, replicas: Sequence["Networks"]) -> "Networks":
+        """The networks of all, those of the first replica first; they are members there now."""
+        return cls(network for networks in replicas for network in networks)
+
+    @staticmethod
+    def own_name(name: str, replica: int, count: int) -> str | None:
+        """A name in the state dict of R replicas of `count` networks as it is in that of one; None of another's."""
+        index, _, inner = name.partition(".")
+        return f"{int(index) - replica * count}.{inner}" if int(index) // count == replica else None
 
     def keep_in_step(self) -> None:
         """Have norms that are about to be synchronised wait for those of the other networks, which costs one exchange.

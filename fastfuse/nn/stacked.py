@@ -65,7 +65,7 @@ class Stacked(nn.Module):
         self.count, self.replicas = len(models), replicas
         traced = graphs.trace(models[0])
         checks.check_alike(models, traced)
-        kinds = graphs.kinds_of(traced)
+        kinds = graphs.kinds_of(traced, networks=self.count, replicas=replicas)
         leaves = _leaves(models, traced, kinds, replicas)
         output = next(node for node in traced.graph.nodes if node.op == "output")
         self._kinds = kinds[output]

@@ -242,4 +242,4 @@ def _state_of(method: Method, name: str) -> dict[str, Tensor]:
     if name in networks:
         return networks[name].state_dict()
     branched: Any = networks["network"]  # of what shares its trunk
-    return branched.plain_state_dict(method.students().index(name))
+    return branched.state_of(method.students().index(name))

@@ -4,13 +4,14 @@ from typing import Any
 
 from fastfuse import models
 from fastfuse.methods import METHODS, Method, build_method
+from fastfuse.methods.branching import Branched
 from fastfuse.nn.factor import Paraphraser
 from tests.nn.stacking import untidy
 
 # Nothing that these train is a network that classifies images on its own.
 WITHOUT_STUDENTS = tuple(name for name in ("paraphraser", "dfa-search") if name in METHODS)
-# Their networks do not read the images side by side.
-LOOP_ONLY = ("ffl", "one", *WITHOUT_STUDENTS)
+# They have no networks that read the images side by side, nor a trunk with branches.
+LOOP_ONLY = WITHOUT_STUDENTS
 WITH_STUDENTS = tuple(name for name in METHODS if name not in WITHOUT_STUDENTS)
 SIDE_BY_SIDE = tuple(name for name in METHODS if name not in LOOP_ONLY)
 # Methods with options that add networks: a name for the tests, the method, its options.
@@ -18,6 +19,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ffcl in full": ("ffcl", {"fused_stages": 3, "feature_distance": "mse", "regularization": "self"}),
 }
 EVERY = (*METHODS, *VARIANTS)
+
+
+def branched(name: str, num_classes: int, *, branches: int, stage: int | None = None, **options: Any) -> Branched:
+    """Sub-networks of one name on a shared trunk."""
+    return Branched([models.build(name, num_classes, **options) for _ in range(branches)], stage=stage)
 
 
 def method_of(name: str) -> type[Method]:

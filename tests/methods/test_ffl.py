@@ -75,8 +75,8 @@ def of_recording(recording: replay.Recording, form: str) -> Method:
     # Separate networks, in both of which the modules of one trunk stand.
     both = [models.build("resnet20", classes).double() for _ in range(2)]
     for i, network in enumerate(both):
-        network.load_state_dict(method.network.plain_state_dict(i), strict=True)
-    for name in method.network.trunk:
+        network.load_state_dict(method.peers.state_of(i), strict=True)
+    for name, _ in method.peers.trunk[0].named_children():
         both[1].add_module(name, getattr(both[0], name))
     other = FFL([lambda own=own: own for own in both], classes, sharing="separate", image_size=32, **hyper).double()
     other.criterion.load_state_dict(method.criterion.state_dict(), strict=True)
@@ -152,8 +152,7 @@ def test_the_fused_heads_gradient_reaches_the_networks_in_ffl_and_not_in_ffsd(fo
     images, labels = batch()
     for each in (method, detached):
         each(images, labels, torch.tensor(3.0)).loss.backward()
-    networks = [getattr(each, "network", None) or each.peers for each in (method, detached)]
-    pairs = zip(networks[0].named_parameters(), networks[1].parameters(), strict=True)
+    pairs = zip(method.peers.named_parameters(), detached.peers.parameters(), strict=True)
     # Classifiers of the networks themselves do not lie below the fused map.
     changed = {name: not torch.equal(own.grad, other.grad) for (name, own), other in pairs if "fc." not in name}
     assert len(changed) > 10 and set(changed.values()) == {reached}
@@ -214,8 +213,6 @@ def test_networks_of_several_architectures_run_one_after_another() -> None:
     with pytest.raises(InputError, match="--strategy loop"):
         method.arrange("grouped")
     assert method.arrange("auto") == "loop"
-    with pytest.raises(InputError, match=r"share.*--strategy loop"):
-        made("shared").arrange("grouped")
 
 
 @pytest.mark.parametrize("names", [("resnet8", "resnet8"), ("resnet8", "coarse")], ids=str)

@@ -11,6 +11,7 @@ from fastfuse import models
 from fastfuse.errors import InputError
 from fastfuse.methods import METHODS, build_method
 from fastfuse.methods.one import ONE
+from fastfuse.methods.replicas import Replicas
 from fastfuse.train.optim import build_optimizers
 from fastfuse.train.step import TrainStep
 from tests.losses import published
@@ -35,12 +36,12 @@ def written_out(
     method: ONE, images: Tensor, labels: Tensor, progress: float
 ) -> tuple[dict[str, Tensor], nn.ModuleList]:
     """The terms from whole networks, and these; the gate and the loss once more from the equations."""
-    plain = nn.ModuleList(models.build("resnet8", CLASSES).double() for _ in method.network.branches)
+    plain = nn.ModuleList(models.build("resnet8", CLASSES).double() for _ in method.peers.branches)
     for i, network in enumerate(plain):
-        network.load_state_dict(method.network.plain_state_dict(i), strict=True)
+        network.load_state_dict(method.peers.state_of(i), strict=True)
     outputs = [network(images) for network in plain]
     gate = published.trainable_copy(method.gate)
-    shared = outputs[0].features[method.network.stage - 1]
+    shared = outputs[0].features[method.branch_stage - 1]
     scores = shared.mean((2, 3)) @ gate["linear.weight"].T + gate["linear.bias"]
     centred = scores - scores.mean(0)
     normed = centred / ((centred**2).mean(0) + 1e-5).sqrt() * gate["norm.weight"] + gate["norm.bias"]
@@ -68,9 +69,9 @@ def test_a_step_equals_the_equations(students: int, stage: int | None) -> None:
     output.loss.backward()
     sum(wanted.values()).backward()
     off = {}
-    for name, parameter in method.network.trunk.named_parameters():
+    for name, parameter in method.peers.trunk[0].named_parameters():
         off[name] = error(parameter.grad, sum(network.get_parameter(name).grad for network in plain))
-    for i, branch in enumerate(method.network.branches):
+    for i, branch in enumerate(method.peers.branches):
         off |= {f"{i}.{n}": error(p.grad, plain[i].get_parameter(n).grad) for n, p in branch.named_parameters()}
     for name, parameter in method.gate.named_parameters():
         if name != "linear.bias":  # ahead of a batch norm it has no gradient but rounding
@@ -97,7 +98,7 @@ def test_each_term_trains_what_it_should(term: str, trained: set[str], monkeypat
     found = set()
     for name, parameter in method.named_parameters():
         if parameter.grad is not None and parameter.grad.any():
-            own = name.removeprefix("network.").split(".")
+            own = name.removeprefix("peers.").split(".")
             found.add(".".join(own[:2]) if own[0] == "branches" else own[0])
     assert found == trained
 
@@ -128,7 +129,7 @@ def test_published_numbers() -> None:
         "branch_stage": None,
     }
     method = make()
-    assert method.network.stage == 2 and method.gate.linear.weight.shape == (3, 32)
+    assert method.branch_stage == 2 and method.gate.linear.weight.shape == (3, 32)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,18 @@ def test_refusals_say_what_to_do(students: int, options: dict, says: str) -> Non
         make(students, **options)
 
 
-def test_it_shares_a_trunk_and_runs_as_a_loop() -> None:
-    with pytest.raises(InputError, match=r"one cannot run as grouped: .*share.*--strategy loop"):
-        make().arrange("grouped")
-    assert make().arrange("auto") == "loop"
+@pytest.mark.parametrize("model", ["resnet8", "wrn10_1"])
+def test_replicas_in_one_pass_are_runs_of_their_own(model: str) -> None:
+    methods = [make(2, model) for _ in range(2)]
+    alone = copy.deepcopy(methods)
+    together = Replicas(methods, ["a", "b"])
+    assert together.arrange("grouped") == "grouped"
+    parameters = [p for groups in together.parameter_groups() for group in groups for p in group["params"]]
+    assert sorted(map(id, parameters)) == sorted(map(id, together.parameters()))
+    given = [batch() for _ in alone]
+    images, labels = torch.cat([x for x, _ in given], 1), torch.stack([y for _, y in given])
+    progress = torch.tensor(5.0, dtype=torch.float64)
+    found = together(images, labels, progress)
+    for name, own, (x, y) in zip("ab", alone, given, strict=True):
+        wanted = own(x, y, progress)
+        assert differing({term: found.terms[f"{name}/{term}"] for term in wanted.terms}, wanted.terms, 1e-9) == {}

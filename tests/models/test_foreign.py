@@ -12,7 +12,8 @@ from fastfuse.config import TrainConfig
 from fastfuse.data import Dataset, Split
 from fastfuse.errors import InputError
 from fastfuse.methods import build_method
-from fastfuse.models import branched, build
+from fastfuse.methods.branching import Branched
+from fastfuse.models import build
 from fastfuse.train.build import make_method, resolved, try_out
 from fastfuse.train.optim import build_optimizers
 from fastfuse.train.step import TrainStep
@@ -131,8 +132,8 @@ def test_images_that_do_not_suit_a_network_are_refused_before_training():
 
 
 def test_there_are_no_stages_to_share():
-    with pytest.raises(InputError, match=f"^{HERE}:small has no stages .*--sharing separate"):
-        branched(f"{HERE}:small", CLASSES, branches=2)
+    with pytest.raises(InputError, match=r"has no stages .*--sharing separate"):
+        Branched([build(f"{HERE}:small", CLASSES) for _ in range(2)])
 
 
 @pytest.fixture

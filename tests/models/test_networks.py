@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from fastfuse.errors import InputError
-from fastfuse.models import IMAGENET, NAMES, branched, build
+from fastfuse.models import IMAGENET, NAMES, build
 from tests import replay
+from tests.methods.making import branched
 
 SMALL = {
     "resnet8": lambda: build("resnet8", 10),

@@ -56,6 +56,9 @@ def update(method: Method) -> None:
         pytest.param("ffsd", 2, "resnet18", 37, id="ffsd: four stages, max pooling", marks=pytest.mark.long),
         pytest.param("independent", 1, "resnet8", 13, id="a single network"),
         pytest.param("dml", 3, "resnet8", 13, id="dml"),
+        pytest.param("ffl", 3, "resnet8", 13, id="ffl: branches on one trunk"),
+        pytest.param("ffl", 2, "wrn10_1", 13, id="ffl: branches that begin with a norm of what they share"),
+        pytest.param("one", 3, "resnet8", 13, id="one: a gate that reads the trunk"),
         pytest.param("ffcl", 2, "resnet8", 13, id="ffcl: gradients through the fused map"),
         pytest.param("ffcl in full", 2, "resnet8", 13, id="ffcl: three stages, a copy of each network"),
         pytest.param("feed-parallel", 1, "resnet8", 13, id="feed-parallel: teachers beside the student"),
@@ -109,12 +112,11 @@ def test_single_networks_are_gone_once_stacked():
 
 
 @pytest.mark.parametrize("strategy", ["grouped", "branches"])
-def test_ffl_says_why_it_runs_as_a_loop(strategy):
-    method = make("ffl")
+@pytest.mark.parametrize("name", making.LOOP_ONLY)
+def test_what_runs_as_a_loop_alone_says_why(name, strategy):
+    method = making.make(name, num_classes=CLASSES)
     assert method.arrange("auto") == method.arrange("loop") == "loop"
-    with pytest.raises(
-        InputError, match=f"ffl cannot run as {strategy}: its sub-networks .* trunk .*use --strategy loop"
-    ):
+    with pytest.raises(InputError, match=f"{name} cannot run as {strategy}: (each|it) .*use --strategy loop"):
         method.arrange(strategy)
 
 

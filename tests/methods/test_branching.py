@@ -1,13 +1,17 @@
 """Sub-networks on a shared trunk: each is its plain network, whatever the family and wherever the branches begin."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fastfuse.errors import InputError
-from fastfuse.models import branched, build
-from fastfuse.models.branching import Branched
+from fastfuse.methods.branching import Branched
+from fastfuse.models import build
+from tests.methods.making import branched
 from tests.models.test_network_stages import images_for
+from tests.nn.stacking import same, untidy
 
 CLASSES = 7
 FORMS = [
@@ -39,7 +43,7 @@ def test_a_branch_is_the_plain_network(form) -> None:
     assert len(outputs) == 2 and not torch.equal(outputs[0].logits, outputs[1].logits)
     for branch, output in enumerate(outputs):
         plain = build(name, CLASSES)
-        plain.load_state_dict(network.plain_state_dict(branch), strict=True)
+        plain.load_state_dict(network.state_of(branch), strict=True)
         for ours, wanted in zip(flat(output), flat(plain.eval()(images)), strict=True):
             assert torch.equal(ours, wanted)
 
@@ -71,10 +75,10 @@ def test_the_gradient_of_the_trunk_is_the_sum_over_branches() -> None:
     images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
     plain = [build("resnet8", CLASSES).double() for _ in range(2)]
     for i, own in enumerate(plain):
-        own.load_state_dict(network.plain_state_dict(i), strict=True)
+        own.load_state_dict(network.state_of(i), strict=True)
         own(images).logits.square().sum().backward()
     sum(output.logits.square().sum() for output in network(images)).backward()
-    for key, parameter in network.trunk.named_parameters():
+    for key, parameter in network.trunk[0].named_parameters():
         wanted = sum(own.get_parameter(key).grad for own in plain)
         torch.testing.assert_close(parameter.grad, wanted, rtol=1e-9, atol=1e-10)
     for i, branch in enumerate(network.branches):
@@ -86,39 +90,26 @@ def test_the_first_branch_starts_as_the_plain_network_of_the_same_seed() -> None
     torch.manual_seed(5)
     plain = build("resnet8", CLASSES).state_dict()
     torch.manual_seed(5)
-    own = branched("resnet8", CLASSES, branches=3).plain_state_dict(0)
+    own = branched("resnet8", CLASSES, branches=3).state_of(0)
     assert own.keys() == plain.keys() and all(torch.equal(own[key], plain[key]) for key in plain)
 
 
 def test_options_reach_the_networks() -> None:
     network = branched("wrn10_1", CLASSES, branches=2, conv_bias=False, last_norm_momentum=0.1)
-    assert network.trunk["conv1"].bias is None
+    assert network.trunk[0].conv1.bias is None
     assert [branch.bn1.momentum for branch in network.branches] == [0.1, 0.1]
 
 
-@pytest.mark.parametrize("branch", [2, -1])
-def test_a_branch_that_is_not_there_is_named(branch: int) -> None:
-    with pytest.raises(InputError, match=f"branch {branch} does not exist: there are branches 0 to 1"):
-        branched("resnet8", CLASSES, branches=2).plain_state_dict(branch)
+@pytest.mark.parametrize("index", [2, -3])
+def test_a_sub_network_that_is_not_there_is_named(index: int) -> None:
+    with pytest.raises(InputError, match=f"network {index} does not exist: there are networks 0 to 1"):
+        branched("resnet8", CLASSES, branches=2).state_of(index)
 
 
 @pytest.mark.parametrize("stage", [0, 3, -1])
 def test_a_stage_that_leaves_nothing_to_share_or_to_branch_is_refused(stage: int) -> None:
     with pytest.raises(InputError, match=f"--branch-stage must be 1 to 2 for a network of 3 stages, not {stage}"):
         branched("resnet8", CLASSES, branches=2, stage=stage)
-
-
-@pytest.mark.parametrize(
-    ("name", "branches", "says"),
-    [
-        pytest.param("resnet8", 0, "branches must be at least 1, not 0", id="no branch"),
-        pytest.param("resnet9", 2, r"6n \+ 2", id="a name that is refused without branches too"),
-        pytest.param("wrn16-2", 2, "did you mean wrn16_2", id="a misspelt name"),
-    ],
-)
-def test_bad_requests_say_what_was_expected(name: str, branches: int, says: str) -> None:
-    with pytest.raises(InputError, match=says):
-        branched(name, CLASSES, branches=branches)
 
 
 @pytest.mark.parametrize(
@@ -139,3 +130,40 @@ def test_networks_without_stages_say_what_to_do() -> None:
         Branched([nn.Conv2d(3, 7, 1)])
     with pytest.raises(InputError, match="at least one network"):
         Branched([])
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize(("name", "stage"), [("resnet8", None), ("wrn10_1", 1), ("wrn10_1", None)])
+def test_stacked_trunks_and_branches_are_those_of_the_loop(name: str, stage: int | None, replicas: int) -> None:
+    """Outputs, gradients, statistics; branches of a wide network begin with a norm of what they share."""
+    # A bias ahead of a batch norm has no gradient but rounding.
+    options = {"conv_bias": False} if name.startswith("wrn") else {}
+    own = [untidy(branched(name, CLASSES, branches=2, stage=stage, **options)) for _ in range(replicas)]
+    loop, grouped = (Branched.of_replicas(copy.deepcopy(own)) for _ in range(2))
+    assert loop.arrange("loop", replicas=replicas) == "loop"
+    assert grouped.arrange("grouped", replicas=replicas) == "grouped"
+    images = torch.randn(3, 3 * replicas, 9, 9, dtype=torch.float64)
+    found = [network(images) for network in (grouped, loop)]
+    for ours, wanted in zip(*found, strict=True):
+        same(flat(ours), flat(wanted))
+    for each in found:
+        sum((i + 1) * x.square().sum() for i, output in enumerate(each) for x in flat(output)).backward()
+    gradients = {}
+    for parameter_name, parameter in grouped.named_parameters():
+        gradients |= grouped.split(parameter_name, parameter.grad)
+    same(gradients, {n: p.grad for n, p in loop.named_parameters()})
+    same(dict(grouped.state_dict()), dict(loop.state_dict()))
+    for index in range(2 * replicas):
+        plain = build(name, CLASSES, **options).double()
+        plain.load_state_dict(grouped.state_of(index), strict=True)
+        own_images = images.chunk(replicas, 1)[index // 2]
+        same(flat(plain.eval()(own_images)), flat(loop.eval()(images)[index]))
+
+
+def test_what_one_part_cannot_do_leaves_both_as_they_were() -> None:
+    network = branched("resnet8", CLASSES, branches=2)
+    network.trunk[0].conv1.register_forward_hook(lambda *_: None)
+    with pytest.raises(InputError, match="has hooks; use --strategy loop"):
+        network.arrange("grouped")
+    assert network.trunk.strategy == network.branches.strategy == "loop"
+    assert len(network(torch.randn(2, 3, 8, 8))) == 2
