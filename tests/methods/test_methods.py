@@ -107,7 +107,7 @@ def test_defaults_are_what_a_method_runs_with() -> None:
         own = {key: value for key, value in defaults.items() if key not in networks}
         assert make(name).criterion.hyperparameters == own
         assert make(name, temperature=5.0).criterion.hyperparameters == own | {"temperature": 5.0}
-    assert make("ffl").network.stage == 2
+    assert make("ffl").peers.stage == 2
     assert make("dml").temperature == METHODS["dml"].defaults["temperature"] == 2.0
 
 

@@ -155,9 +155,9 @@ def test_ffsd(model: str, students: int, size: int) -> None:
 )
 def test_ffl(students: int, size: int) -> None:
     method = build_method("ffl", model="resnet8", students=students, num_classes=CLASSES).double().train()
-    reference = Published(method, [method.network])
+    reference = Published(method, [method.peers])
     step = TrainStep(method, build_optimizers(method))
     for images, labels, progress in batches(size):
         output = step(images, labels, torch.tensor(progress, dtype=torch.float64))
         terms_equal(output.terms, publish_ffl(reference, images, labels, progress))
-        compare(method, [method.network], reference)
+        compare(method, [method.peers], reference)
