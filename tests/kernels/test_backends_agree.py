@@ -69,31 +69,6 @@ def test_triton_equals_the_reference(case, memory_format, dtype, device, monkeyp
         assert_within_budget(a, t, e, what=f"{case.reason}, result {i}")
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
-def test_programs_do_not_wait_for_each_other(case, memory_format, monkeypatch, nan_filled):
-    """A GPU runs a launch's programs in any order: with the last one first the bits are the same."""
-    if torch.cuda.is_available():
-        pytest.skip("turns the order of Triton's interpreter around, which is not used on a machine with a GPU")
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    tensors, place, several = case.tensors(torch.float32, memory_format), InterpreterBuilder.set_grid_idx, []
-    forwards = run(case, tensors, "triton", monkeypatch)
-
-    def last_one_first(self, *index):
-        several.append(max(self.grid_dim) > 1)
-        place(self, *(count - 1 - i for count, i in zip(self.grid_dim, index, strict=True)))
-
-    monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", last_one_first)
-    backwards = run(case, tensors, "triton", monkeypatch)
-    assert several, "no kernel ran"
-    if not any(several):
-        pytest.skip("one program has all of this case")
-    for a, b in zip(forwards, backwards, strict=True):
-        assert torch.equal(a, b)
-
-
 # Two samples so far apart that the second one's elements lie beyond what 32 bits count.
 FAR = 2**31 - 8
 
