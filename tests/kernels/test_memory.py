@@ -54,7 +54,7 @@ def planted_kernel(x, out, count, FAULT: tl.constexpr, BLOCK: tl.constexpr):
     inside = i < count
     if FAULT == "reads outside":
         inside = i <= count
-    value = tl.load(x + i, mask=inside, other=0.0) + 1
+    value = tl.load(x + i, mask=inside, other=None if FAULT == "no other" else 0.0) + 1
     if FAULT == "reads another's":
         value += tl.load(out + (i + BLOCK) % count, mask=inside, other=0.0)
     if FAULT == "writes outside":
@@ -82,6 +82,7 @@ FAULTS = {
     "reads another's": "reads what another program writes|writes what another program reads",
     "writes another's": "writes two values to one element|writes what another program writes",
     "two values": "writes two values to one element",
+    "no other": "reads what a mask leaves out",
     "reads its own": "reads what it has written itself, without a barrier",
     "writes again": "writes again what it has written, without a barrier",
 }

@@ -7,7 +7,8 @@ access of every program is noted, and refused
 - outside of the tensors that the launch was given;
 - to an element that another program of the launch writes, or reads if this one is a store;
 - of a program that reads, or writes with another value, what it has itself written since its last barrier;
-- of one store that writes two values to one element.
+- of one store that writes two values to one element;
+- of a load that leaves elements out and does not say what they are: a GPU leaves there what it finds.
 
 A program may write what it has read: of the threads that have loaded an element one stores it, after its own load. So
 running statistics are moved, and maps replaced in place.
@@ -66,8 +67,9 @@ class Watch:
         """Begin a program."""
         self.program, self.barriers, self.index = self.program + 1, 0, index
 
-    def load(self, addresses: np.ndarray, size: int) -> None:
-        """Note what a program reads."""
+    def load(self, addresses: np.ndarray, size: int, undefined: np.ndarray) -> None:
+        """Note what a program reads, and whether it leaves elements undefined."""
+        self._refuse(undefined, "reads what a mask leaves out")
         for block, places in self._places(addresses, size, "reads"):
             writers = block.writer[places]
             self._refuse((writers != NOBODY) & (writers != self.program), "reads what another program writes")
@@ -139,9 +141,10 @@ def watched_memory() -> Iterator[Watch]:
     def width(pointers: Any) -> int:
         return max(1, pointers.get_element_ty().primitive_bitwidth // 8)
 
-    def watched_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        watch.load(addresses(pointers, mask)[0], width(pointers))
-        return load(self, pointers, mask, *rest)
+    def watched_load(self: Any, pointers: Any, mask: Any, other: Any, *rest: Any) -> Any:
+        places, chosen = addresses(pointers, mask)
+        watch.load(places, width(pointers), np.array(other is None and not chosen.all()))
+        return load(self, pointers, mask, other, *rest)
 
     def watched_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         places, chosen = addresses(pointers, mask)
