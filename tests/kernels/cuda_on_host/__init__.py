@@ -1,8 +1,13 @@
 """The sources of fastfuse/csrc compiled for the host by g++, so that CUDA C++ kernels run without a GPU.
 
-cuda_runtime.h beside this file takes the place of CUDA's.
+cuda_runtime.h beside this file takes the place of CUDA's. With FASTFUSE_SANITIZE=1, and the sanitizer's library loaded
+before Python, AddressSanitizer watches all that kernels read and write:
+
+    FASTFUSE_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(g++ -print-file-name=libasan.so) \
+    $(g++ -print-file-name=libstdc++.so)" python -m pytest tests/kernels/test_cuda_kernels.py -m "not gpu"
 """
 
+import os
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +25,8 @@ FLAGS = [
     # So that small maps already exceed it.
     "-DFASTFUSE_MOST_SHARED=4096",
 ]
+if os.environ.get("FASTFUSE_SANITIZE") == "1":
+    FLAGS += ["-fsanitize=address", "-g", "--param", "asan-stack=0"]  # fibers have stacks that it does not know
 
 
 def missing() -> str | None:
