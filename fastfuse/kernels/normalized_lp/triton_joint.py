@@ -30,6 +30,8 @@ from fastfuse.kernels.normalized_lp.triton_sums import (
 # many elements a thread spill 8 bytes on sm_80.
 TILE = 2048
 WARPS = 4
+# Registers a thread of the backward in float32: left alone, the assembler takes 96 and spills 8 bytes (triton 3.6).
+BACKWARD_REGISTERS = 128
 COMBINE_BLOCK = 128
 MAP_BLOCK = 1024
 REDUCE_BLOCK = 1024
@@ -273,11 +275,13 @@ def backward(
     launch = _Launch("normalized_lp_joint_bwd", *columns)
     flags = ([int(asked) for asked in side] for side in (wanted[:count], wanted[count:]))
     cotangents = feature_cotangent, attention_cotangent
+    limit = {"maxnreg": BACKWARD_REGISTERS} if tensors[0].dtype == torch.float32 else {}
     if launch.grid[0] and launch.grid[1] and any(launch.tiles):
         normalized_lp_bwd_joint_kernel[launch.grid](
             cotangents, tuple((x.stride(0), x.stride(1) if reduction == "none" else 0) for x in cotangents),
             stats, stats.shape[1] * row, row, maps, maps.shape[1],
             *(x for column in zip(columns, launch.layouts, strict=True) for x in column),
             launch.extents(starts, pairs, *flags), p, reduction == "mean", **launch.sides, num_warps=launch.warps,
+            **limit,
         )  # fmt: skip
     return [x for x, asked in zip(places, wanted, strict=True) if asked]
