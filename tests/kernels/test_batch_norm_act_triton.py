@@ -1,4 +1,4 @@
-"""The Triton kernels of batch_norm_act against its reference: values, statistics, gradients, layouts, schemas."""
+"""The Triton kernels of batch_norm_act against its reference: values, statistics, gradients, layouts."""
 
 import copy
 from itertools import product
@@ -8,57 +8,10 @@ import torch
 
 from fastfuse import functional
 from fastfuse.errors import BackendUnavailableError, InputError
-from fastfuse.kernels.batch_norm_act import closed_form, triton_kernels
-from fastfuse.testing import assert_within_budget, relative_l2
+from fastfuse.kernels.batch_norm_act import triton_kernels
+from fastfuse.testing import assert_within_budget
+from tests.kernels.batch_norm_cases import ENDINGS, FIELDS, LAST, MODES, compare, draw, evaluate, three
 from tests.kernels.op_cases import FORMATS
-
-LAST = torch.channels_last
-MODES = [True, False]
-FIELDS = ("weight", "bias", "running mean", "running variance")
-
-
-def draw(shape, dtype=torch.float32, formats=FORMATS[:1] * 2, residual=True):
-    """x, residual, and the norm's vectors; the same numbers, which half precision holds, in any dtype and format."""
-    generator = torch.Generator().manual_seed(sum(shape))
-
-    def normal(*size):
-        return torch.randn(size, generator=generator, dtype=torch.float64).half().to(dtype)
-
-    c = shape[1]
-    x, other = (normal(*shape).contiguous(memory_format=f).requires_grad_() for f in formats)
-    norm = [(1 + normal(c) / 2).requires_grad_(), normal(c).requires_grad_(), normal(c), 0.5 + normal(c).abs()]
-    return x, other if residual else None, norm
-
-
-def evaluate(backend, x, residual, norm, training, cotangent_format=FORMATS[0], **options):
-    """Results, running statistics, and the gradients of x, residual, weight and bias, by name."""
-    bn = functional.BatchNorm(*norm, training, momentum=0.3, eps=1e-3)
-    found = functional.batch_norm_act(x, bn, residual=residual, backend=backend, **options)
-    outputs = {name: y for name, y in found._asdict().items() if y is not None}
-    generator = torch.Generator().manual_seed(1)
-    cotangents = []
-    for y in outputs.values():
-        values = torch.randn(y.shape, generator=generator, dtype=torch.float64).half().to(y.dtype)
-        cotangents.append(values.contiguous(memory_format=cotangent_format))
-    leaves = dict(zip(("x", "residual", *FIELDS), (x, residual, *norm), strict=True))
-    leaves = {f"gradient of {name}": t for name, t in leaves.items() if t is not None and t.requires_grad}
-    gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), cotangents)
-    running = dict(zip(FIELDS[2:], norm[2:], strict=True))
-    return outputs | running | dict(zip(leaves, gradients, strict=True))
-
-
-def three(shape, dtype, training, formats=FORMATS[:1] * 3, residual=True, **options):
-    """The kernels, the truth in float64, and eager in the kernels' dtype."""
-    return [
-        evaluate(backend, *draw(shape, of, formats[:2], residual), training, formats[2], **options)
-        for backend, of in (("triton", dtype), ("reference", torch.float64), ("reference", dtype))
-    ]
-
-
-def compare(found, truth, eager):
-    assert found.keys() == truth.keys() == eager.keys()
-    for name, ours in found.items():
-        assert_within_budget(ours, truth[name], eager[name], what=name)
 
 
 @pytest.fixture(params=["own", "chunks"])
@@ -77,16 +30,6 @@ SHAPES = [
     ((1, 2, 9, 16), "a batch of one"),
     ((4, 12, 1, 1), "a single position, where layouts look alike"),
     ((2, 1, 3, 1), "a single channel"),
-]
-# The bare norm, with ReLU, and a residual block's end: alone, linear, and with its attention map of two networks.
-ENDINGS = [
-    {"residual": False, "relu": False},
-    {"residual": False},
-    {"residual": False, "attention_groups": 2},
-    {},
-    {"relu": False},
-    {"attention_groups": 2},
-    {"relu": False, "attention_groups": 2},
 ]
 LAYOUTS = {
     "contiguous": FORMATS[:1] * 3,
@@ -294,131 +237,8 @@ def test_a_result_that_nobody_used_has_no_gradient(used, plan):
         assert_within_budget(ours, truth, eager)
 
 
-def saved_maps(**options):
-    x, residual, norm = draw((2, 4, 3, 5))
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
-        given = {"residual": residual} | options
-        found = functional.batch_norm_act(x, functional.BatchNorm(*norm, True), backend="triton", **given)
-    maps = {x.data_ptr(): "x", found.out.data_ptr(): "out", residual.data_ptr(): "residual"}
-    return sorted(maps[p] for p in kept if p in maps)
-
-
-def test_nothing_as_large_as_a_map_is_saved_besides_x_and_the_result():
-    assert saved_maps() == ["out", "x"]
-    assert saved_maps(relu=False, attention_groups=2) == ["out", "x"]
-    assert saved_maps(relu=False) == ["x"]
-    assert saved_maps(residual=None) == ["x"]
-
-
-def test_backward_on_running_statistics_does_not_see_a_later_update():
-    x, residual, norm = draw((2, 3, 2, 2))
-    gradients = []
-    for updated in (False, True):
-        found = functional.batch_norm_act(x, functional.BatchNorm(*norm, False), residual=residual, backend="triton")
-        if updated:
-            functional.batch_norm_act(x, functional.BatchNorm(*norm, True), backend="triton")
-        gradients.append(torch.autograd.grad(found.out.sum(), x)[0])
-    assert torch.equal(*gradients)
-
-
 def test_the_same_call_gives_the_same_bits(plan):
     runs = [evaluate("triton", *draw((2, 4, 5, 6)), True, attention_groups=2) for _ in range(2)]
-    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
-
-
-@pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize("training", MODES)
-@pytest.mark.parametrize("ending", ENDINGS, ids=str)
-def test_closed_form_equals_autograd(ending, training, memory_format):
-    options = {"residual": True, "relu": True, "attention_groups": None} | ending
-    x, residual, norm = draw((2, 4, 3, 5), torch.float64, [memory_format] * 2, options.pop("residual"))
-    mine = [t.detach().clone() for t in norm]
-    found = functional.batch_norm_act(x, functional.BatchNorm(*norm, training), residual=residual, **options)
-    outputs = [y for y in found if y is not None]
-    cotangents = [torch.randn_like(y) for y in outputs]
-    leaves = [t for t in (x, residual, *norm[:2]) if t is not None]
-    truth = torch.autograd.grad(outputs, leaves, cotangents)
-    used = (None, None, *mine[2:]) if training else (*mine[2:], None, None)
-    x, residual = x.detach(), None if residual is None else residual.detach()
-    relu, groups = options["relu"], options["attention_groups"] or 0
-    out, attention, statistics = closed_form.forward(x, residual, *mine[:2], *used, 0.1, 1e-5, relu, groups)
-    assert out.stride() == found.out.stride()
-    given = [out, *([attention] if groups else []), *mine[2:]]
-    for ours, expected in zip(given, [*outputs, *norm[2:]], strict=True):
-        assert relative_l2(ours, expected) <= 1e-12
-    needed = [True, residual is not None, True, True]
-    rest = statistics, training, relu, needed
-    cotangents = (*cotangents, None)[:2]
-    for known in {True, residual is not None}:
-        gradients = closed_form.backward(*cotangents, x, out if known else None, *mine[:2], *rest)
-        for ours, expected in zip(gradients, truth, strict=True):
-            assert relative_l2(ours, expected) <= 1e-12
-
-
-@pytest.mark.parametrize(
-    ("training", "interpreter"),
-    [
-        pytest.param(True, "1", id="kernels"),
-        pytest.param(True, "0", id="closed form"),
-        pytest.param(False, "0", id="eval"),
-    ],
-)
-@pytest.mark.parametrize("memory_format", FORMATS)
-def test_schemas_hold(training, memory_format, interpreter, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", interpreter)
-    x, residual, norm = draw((2, 4, 2, 2), torch.float32, [memory_format] * 2)
-    x, residual, *norm = (t.detach() for t in (x, residual, *norm))
-    used = (None, None, *norm[2:]) if training else (*norm[2:], None, None)
-    arguments = (x, residual, *norm[:2], *used, 0.1, 1e-5, True, 2)
-    forward, backward = torch.ops.fastfuse.batch_norm_act_fwd, torch.ops.fastfuse.batch_norm_act_bwd
-    # The kernels need not be traced in all ways: what opcheck compiles is the schema and its fake.
-    checks = {"test_utils": ("test_schema", "test_faketensor")} if interpreter == "1" else {}
-    torch.library.opcheck(forward.default, arguments, **checks)
-    out, attention, statistics = forward(*arguments)
-    for needed in ([True] * 4, [False, True, False, True])[: 1 if interpreter == "1" else 2]:
-        given = (
-            torch.randn_like(out),
-            torch.randn_like(attention),
-            x,
-            out,
-            *norm[:2],
-            statistics,
-            training,
-            True,
-            needed,
-        )
-        torch.library.opcheck(backward.default, given, **checks)
-        assert len(backward(*given)) == sum(needed)
-
-
-def test_compiled_equals_eager():
-    """The running statistics change inside the graph too."""
-    torch.compiler.reset()
-
-    def run(function):
-        x, residual, norm = draw((2, 4, 3, 2), torch.float32, [LAST] * 2)
-        found = function(x, residual, norm)
-        total = sum(y.square().sum() for y in found)
-        return [*found, *torch.autograd.grad(total, [x, residual, *norm[:2]]), *norm[2:]]
-
-    def call(x, residual, norm):
-        bn = functional.BatchNorm(*norm, True)
-        first = functional.batch_norm_act(x, bn, backend="triton").out
-        return functional.batch_norm_act(
-            first, bn._replace(training=False), residual=residual, attention_groups=2, backend="triton"
-        )
-
-    for ours, expected in zip(run(torch.compile(call, fullgraph=True, backend="aot_eager")), run(call), strict=True):
-        assert torch.equal(ours, expected) and ours.stride() == expected.stride()
-
-
-def test_autocast_changes_nothing():
-    """As of torch's own batch norm: half-precision maps come from the convolutions before it."""
-    runs = []
-    for enabled in (True, False):
-        with torch.autocast("cpu", torch.float16, enabled=enabled):
-            runs.append(evaluate("triton", *draw((2, 4, 3, 5)), True, attention_groups=2))
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 
