@@ -31,6 +31,22 @@ def tiny(tiny_npz: Path) -> list[str]:
     return ["train", *options.split(), "--data-path", str(tiny_npz)]
 
 
+@pytest.fixture(scope="session")
+def finished(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two students and a leader; it is only read."""
+    path = tmp_path_factory.mktemp("finished") / "run"
+    assert cli.main([*tiny, "--method", "ffsd", "--out", str(path)]) == 0
+    return path
+
+
+@pytest.fixture(scope="session")
+def program(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The leader of that run as a program of torch.export."""
+    file = tmp_path_factory.mktemp("program") / "leader.pt2"
+    assert cli.main(["export", str(finished), "--format", "torch-export", "--device", "cpu", "--out", str(file)]) == 0
+    return file
+
+
 @pytest.fixture
 def recorded_graphs(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
     """CUDA graphs on a CPU, see `stand_in`."""

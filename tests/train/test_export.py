@@ -1,12 +1,10 @@
-"""Exported networks: the same logits and the same cost, files that stand alone, predictions, and what is refused."""
+"""Exported networks: the same logits and the same cost, files that stand alone, and what is refused."""
 
 import importlib
 import io
 import itertools
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,31 +14,16 @@ from torch import nn
 
 from fastfuse import cli, models
 from fastfuse.config import TrainConfig
-from fastfuse.errors import InputError
 from fastfuse.methods import METHODS
 from fastfuse.train import build, formats, preliminary
 from fastfuse.train.cost import cost
 from fastfuse.train.deployable import networks_of, plain_network
 from fastfuse.train.export import ExportError, check_equal
-from fastfuse.train.predict import DESCRIPTION, predict, read_image
+from fastfuse.train.predict import DESCRIPTION
 from fastfuse.train.stopping import Decision, Stopping
+from tests.train.exported import labelled_images, trained
 
 DEPLOYING = [name for name in METHODS if METHODS[name].deployed in ("student0", "leader")]
-
-
-@pytest.fixture(scope="module")
-def run(tiny, tmp_path_factory):
-    """A finished run of two students and a leader; it is only read."""
-    path = tmp_path_factory.mktemp("export") / "run"
-    assert cli.main([*tiny, "--method", "ffsd", "--out", str(path)]) == 0
-    return path
-
-
-@pytest.fixture(scope="module")
-def program(run, tmp_path_factory):
-    file = tmp_path_factory.mktemp("program") / "leader.pt2"
-    assert cli.main(["export", str(run), "--format", "torch-export", "--device", "cpu", "--out", str(file)]) == 0
-    return file
 
 
 @pytest.fixture
@@ -55,24 +38,8 @@ def export(capsys):
     return export
 
 
-def trained(run, name="leader") -> nn.Module:
-    network = models.build("resnet8", 3)
-    network.load_state_dict(load_file(run / f"{name}.safetensors"), strict=True)
-    return network.eval()
-
-
-def test_images(tiny_npz) -> tuple[torch.Tensor, torch.Tensor]:
-    arrays = np.load(tiny_npz)
-    mean, std = (getattr(arrays["train_images"].reshape(-1, 3) / 255, x)(0) for x in ("mean", "std"))
-    images = torch.from_numpy((arrays["test_images"] / 255 - mean) / std).float().permute(0, 3, 1, 2)
-    return images, torch.from_numpy(arrays["test_labels"])
-
-
-test_images.__test__ = False
-
-
 def top1(network, tiny_npz) -> float:
-    images, labels = test_images(tiny_npz)
+    images, labels = labelled_images(tiny_npz)
     with torch.no_grad():
         return 100 * (network(images).argmax(1) == labels).float().mean().item()
 
@@ -102,16 +69,16 @@ def test_the_cost_is_that_of_a_network_counted_by_hand():
 
 
 @pytest.mark.parametrize("name", ["safetensors", "torch", "torch-export"])
-def test_each_format_gives_the_logits_of_the_last_epoch(run, name, export, tmp_path):
+def test_each_format_gives_the_logits_of_the_last_epoch(finished, name, export, tmp_path):
     suffix = formats.SUFFIXES[name]
-    found = export(run, "--format", name, "--out", tmp_path / f"net{suffix}")
+    found = export(finished, "--format", name, "--out", tmp_path / f"net{suffix}")
     data = (tmp_path / f"net{suffix}").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f"net{suffix}", "net.md"])
     network = formats.decode(data, name, lambda: models.build("resnet8", 3).eval())
     for batch in (1, 2, 7):
         images = torch.randn(batch, 3, 8, 8)
         with torch.no_grad():
-            torch.testing.assert_close(network(images), trained(run)(images).logits, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(network(images), trained(finished)(images).logits, rtol=1e-5, atol=1e-5)
     assert found["costs"][0] == found["costs"][1] and found["completed"] and found["epoch"] == 2
 
 
@@ -163,49 +130,49 @@ def test_a_program_keeps_what_it_needs_to_know(program):
     assert len(facts["classes"]) == len(facts["mean"]) == len(facts["std"]) == 3
 
 
-def test_folded_norms_are_gone_and_the_logits_remain(run, export, tmp_path, refused):
-    found = export(run, "--format", "torch-export", "--fold-batchnorm", "--out", tmp_path / "net.pt2")
+def test_folded_norms_are_gone_and_the_logits_remain(finished, export, tmp_path, refused):
+    found = export(finished, "--format", "torch-export", "--fold-batchnorm", "--out", tmp_path / "net.pt2")
     folded = torch.export.load(tmp_path / "net.pt2")
     assert not any("batch_norm" in str(node.target) for node in folded.graph.nodes)
     images = torch.randn(5, 3, 8, 8)
     with torch.no_grad():
-        truth = trained(run).double()(images.double()).logits
-        own = (trained(run)(images).logits - truth).abs().max()
+        truth = trained(finished).double()(images.double()).logits
+        own = (trained(finished)(images).logits - truth).abs().max()
         allowed = 10 * (own + torch.finfo(torch.float32).eps * truth.abs().max())
         assert (folded.module()(images) - truth).abs().max() <= allowed
     own, plain = found["costs"]
     assert own["multiply_adds"] == plain["multiply_adds"] and own["parameters"] < plain["parameters"]
-    assert "--format torch-export or onnx" in refused(command=["export", str(run), "--fold-batchnorm"])
+    assert "--format torch-export or onnx" in refused(command=["export", str(finished), "--fold-batchnorm"])
 
 
 @pytest.mark.parametrize("name", ["plain", "folded"])
-def test_onnx_takes_any_batch_and_gives_the_same_logits(name, run, export, tmp_path):
+def test_onnx_takes_any_batch_and_gives_the_same_logits(name, finished, export, tmp_path):
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package, reason=f"no {package}, which the conversion to ONNX needs")
     runtime = pytest.importorskip("onnxruntime", reason="no onnxruntime, which runs ONNX files")
     fold = ["--fold-batchnorm"] if name == "folded" else []
-    export(run, "--format", "onnx", "--out", tmp_path / "net.onnx", *fold)
+    export(finished, "--format", "onnx", "--out", tmp_path / "net.onnx", *fold)
     session = runtime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
     assert "classes" in session.get_modelmeta().custom_metadata_map[DESCRIPTION]
     for batch in (1, 4):
         images = torch.randn(batch, 3, 8, 8)
         got = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
         with torch.no_grad():
-            torch.testing.assert_close(got, trained(run)(images).logits, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(got, trained(finished)(images).logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
-def test_a_missing_package_is_named(package, run, refused, monkeypatch):
+def test_a_missing_package_is_named(package, finished, refused, monkeypatch):
     def without(name):
         if name == package:
             raise ImportError(f"No module named {name!r}")
 
     monkeypatch.setattr(importlib, "import_module", without)
-    line = refused(command=["export", str(run), "--format", "onnx"])
+    line = refused(command=["export", str(finished), "--format", "onnx"])
     assert f"needs {package}," in line and "pip install 'fastfuse[export]'" in line
 
 
-def test_a_file_that_would_differ_is_not_written(run, refused, monkeypatch, tmp_path):
+def test_a_file_that_would_differ_is_not_written(finished, refused, monkeypatch, tmp_path):
     encode = formats.encode
 
     def wrong(network, *others):
@@ -216,22 +183,22 @@ def test_a_file_that_would_differ_is_not_written(run, refused, monkeypatch, tmp_
             network.fc.bias.data -= 1e-3
 
     monkeypatch.setattr(formats, "encode", wrong)
-    line = refused(command=["export", str(run), "--device", "cpu", "--out", str(tmp_path / "net.safetensors")])
+    line = refused(command=["export", str(finished), "--device", "cpu", "--out", str(tmp_path / "net.safetensors")])
     assert "differ by 0.001" in line and list(tmp_path.iterdir()) == []
 
 
-def test_a_weight_file_that_is_not_the_checkpoints_is_found(run, refused, tmp_path):
-    copied = shutil.copytree(run, tmp_path / "copied")
-    weights = load_file(run / "leader.safetensors")
+def test_a_weight_file_that_is_not_the_checkpoints_is_found(finished, refused, tmp_path):
+    copied = shutil.copytree(finished, tmp_path / "copied")
+    weights = load_file(finished / "leader.safetensors")
     save_file({**weights, "fc.bias": weights["fc.bias"] + 0.01}, copied / "leader.safetensors")
     assert "does not give the logits of the trained one" in refused(command=["export", str(copied)])
     assert not (copied / "export").exists()
 
 
-def test_the_check_sees_every_batch_size_and_what_is_no_number(run):
+def test_the_check_sees_every_batch_size_and_what_is_no_number(finished):
     from fastfuse.train.deployable import load_deployable
 
-    found = load_deployable(run)
+    found = load_deployable(finished)
     assert check_equal(found, lambda images: found.network(images).logits) == 0
     for wrong in (
         lambda images: found.network(images[:1]).logits,
@@ -241,17 +208,18 @@ def test_the_check_sees_every_batch_size_and_what_is_no_number(run):
             check_equal(found, wrong)
 
 
-def test_a_program_of_a_fixed_batch_is_not_written(run, refused, monkeypatch, tmp_path):
+def test_a_program_of_a_fixed_batch_is_not_written(finished, refused, monkeypatch, tmp_path):
     static = torch.export.Dim.STATIC
     monkeypatch.setattr(torch.export, "Dim", lambda *_, **__: static)
-    command = ["export", str(run), "--format", "torch-export", "--device", "cpu", "--out", str(tmp_path / "net.pt2")]
+    options = ["--format", "torch-export", "--device", "cpu", "--out", str(tmp_path / "net.pt2")]
+    command = ["export", str(finished), *options]
     assert "does not run on a batch of 1" in refused(command=command) and list(tmp_path.iterdir()) == []
 
 
-def test_the_card_tells_what_the_network_is(run, export, tmp_path):
-    found = export(run, "--out", tmp_path / "net.safetensors")
+def test_the_card_tells_what_the_network_is(finished, export, tmp_path):
+    found = export(finished, "--out", tmp_path / "net.safetensors")
     text = (tmp_path / "net.md").read_text()
-    summary = json.loads((run / "summary.json").read_text())
+    summary = json.loads((finished / "summary.json").read_text())
     accuracy = summary["networks"]["leader"]
     assert f"last epoch {accuracy['last_top1']:.2f} %, best {accuracy['best_top1']:.2f} %" in text
     assert f"(epoch {accuracy['best_epoch']}, chosen on test images)" in text
@@ -275,96 +243,13 @@ def test_an_unfinished_run_is_said_to_be_one(train, export, capsys, tmp_path, mo
     assert (found["completed"], found["epoch"]) == (False, 1) and found["source"].endswith("checkpoint.pt")
 
 
-def test_weights_alone_are_enough(run, export, tmp_path):
+def test_weights_alone_are_enough(finished, export, tmp_path):
     copied = tmp_path / "copied"
     copied.mkdir()
     for name in ("config.json", "leader.safetensors"):
-        shutil.copy(run / name, copied)
+        shutil.copy(finished / name, copied)
     found = export(copied)
     assert found["epoch"] is None and "not evaluated" in (copied / "export" / "leader.md").read_text()
-
-
-def test_predictions_are_those_of_the_network(run, program, tiny_npz, tmp_path, capsys):
-    image = pytest.importorskip("PIL.Image", reason="no Pillow, which reads images")
-    files = []
-    for i, pixels in enumerate(np.load(tiny_npz)["test_images"][:3]):
-        files.append(str(tmp_path / f"{i}.png"))
-        image.fromarray(pixels).save(files[-1])
-    capsys.readouterr()
-    assert cli.main(["predict", str(program), *files, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    with torch.no_grad():
-        wanted = trained(run)(test_images(tiny_npz)[0][:3]).logits.softmax(1)
-    for one, file, shares in zip(found, files, wanted, strict=True):
-        assert one["image"] == file and len(one["top"]) == 3
-        best = [(row["class"], row["probability"]) for row in one["top"]]
-        order = shares.argsort(descending=True)
-        assert [name for name, _ in best] == [str(i) for i in order.tolist()]
-        torch.testing.assert_close(torch.tensor([share for _, share in best]), shares[order], rtol=1e-4, atol=1e-5)
-    assert cli.main(["predict", str(program), *files]) == 0
-    table = capsys.readouterr().out
-    assert all(file in table for file in files) and f"{found[0]['top'][0]['probability']:.4f}" in table
-
-
-def test_a_file_that_is_no_image_does_not_stop_the_others(program, tmp_path, capsys):
-    image = pytest.importorskip("PIL.Image", reason="no Pillow, which reads images")
-    image.new("L", (20, 9), 200).save(tmp_path / "good.png")
-    (tmp_path / "bad.png").write_bytes(b"no image")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:50])
-    names = [str(tmp_path / name) for name in ("bad.png", "missing.png", "cut.png", "good.png")]
-    capsys.readouterr()
-    assert cli.main(["predict", str(program), *names]) == 2
-    captured = capsys.readouterr()
-    assert names[-1] in captured.out
-    lines = captured.err.splitlines()
-    assert [line.split(" cannot be read: ")[0] for line in lines] == [f"fastfuse: {name}" for name in names[:3]]
-    assert lines[1].endswith("it does not exist")
-
-
-def test_images_are_made_rgb_resized_on_the_shorter_side_and_cropped_at_the_centre(tmp_path):
-    image = pytest.importorskip("PIL.Image", reason="no Pillow, which reads images")
-    wide = np.zeros((8, 20, 3), np.uint8)
-    wide[:, :, 0] = np.arange(20)
-    image.fromarray(wide).save(tmp_path / "wide.png")
-    assert read_image(tmp_path / "wide.png", (8, 8))[0, 3].tolist() == list(range(6, 14))
-    assert read_image(tmp_path / "wide.png", (4, 10)).shape == (3, 4, 10)
-    image.new("RGBA", (30, 50), (10, 20, 30, 0)).save(tmp_path / "clear.png")
-    assert read_image(tmp_path / "clear.png", (16, 12))[:, 2, 3].tolist() == [10, 20, 30]
-    image.new("L", (5, 5), 7).save(tmp_path / "grey.png")
-    assert read_image(tmp_path / "grey.png", (8, 8)).unique().tolist() == [7]
-
-
-def test_a_prediction_needs_no_networks_of_this_package(program, tmp_path):
-    image = pytest.importorskip("PIL.Image", reason="no Pillow, which reads images")
-    image.new("RGB", (8, 8)).save(tmp_path / "black.png")
-    code = (
-        "import sys; from fastfuse import cli; status = cli.main(sys.argv[1:])\n"
-        "assert not [m for m in sys.modules if m.startswith(('fastfuse.models', 'fastfuse.methods', 'fastfuse.nn'))]\n"
-        "sys.exit(status)"
-    )
-    command = [sys.executable, "-c", code, "predict", str(program), str(tmp_path / "black.png")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "black.png" in done.stdout, done.stderr
-
-
-def test_what_is_no_program_is_refused(run, program, tmp_path, capsys):
-    class Twice(nn.Module):
-        def forward(self, x):
-            return 2 * x
-
-    torch.export.save(torch.export.export(Twice(), (torch.zeros(1),)), tmp_path / "other.pt2")
-    (tmp_path / "damaged.pt2").write_bytes(program.read_bytes()[:-5000])
-    refusals = {
-        tmp_path / "missing.pt2": "does not exist",
-        run / "leader.safetensors": r"is no \.pt2 file",
-        tmp_path / "damaged.pt2": "damaged or another kind of file",
-        tmp_path / "other.pt2": "does not say how images are normalised",
-    }
-    for file, message in refusals.items():
-        with pytest.raises(InputError, match=message):
-            list(predict(file, [tmp_path / "image.png"]))
-    assert cli.main(["predict", str(program)]) == 2
-    assert "needs an exported file and images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -379,26 +264,26 @@ def test_what_is_no_program_is_refused(run, program, tmp_path, capsys):
         (["--device", "gpu"], "--device must be auto"),
     ],
 )
-def test_a_wrong_option_is_refused(run, refused, options, message):
-    assert message in refused(command=["export", str(run), *options])
+def test_a_wrong_option_is_refused(finished, refused, options, message):
+    assert message in refused(command=["export", str(finished), *options])
 
 
-def test_a_folder_that_cannot_serve_is_refused(run, tiny_npz, refused, tmp_path):
+def test_a_folder_that_cannot_serve_is_refused(finished, tiny_npz, refused, tmp_path):
     assert "needs one run folder, not 0" in refused(command=["export"])
     assert "is not a run folder" in refused(command=["export", str(tmp_path)])
     broken = tmp_path / "broken"
     broken.mkdir()
-    shutil.copy(run / "config.json", broken)
+    shutil.copy(finished / "config.json", broken)
     assert "has no weights of leader yet" in refused(command=["export", str(broken)])
     assert "no leader_best.safetensors" in refused(command=["export", str(broken), "--best"])
     (broken / "leader.safetensors").write_bytes(b"damaged")
     assert "cannot be read as weights" in refused(command=["export", str(broken)])
-    shutil.copy(run / "leader.safetensors", broken)
+    shutil.copy(finished / "leader.safetensors", broken)
     (broken / "summary.json").write_text("{}")
     assert "cannot be read as a run's results" in refused(command=["export", str(broken)])
-    (broken / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes()[:1000])
+    (broken / "checkpoint.pt").write_bytes((finished / "checkpoint.pt").read_bytes()[:1000])
     assert "truncated, damaged" in refused(command=["export", str(broken)])
-    config = json.loads((run / "config.json").read_text())
+    config = json.loads((finished / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**config, "replicas": 2}))
     assert f"name one of them, such as {broken}/seed0" in refused(command=["export", str(broken)])
     (broken / "config.json").write_text(json.dumps({**config, "method": "paraphraser"}))
@@ -406,5 +291,5 @@ def test_a_folder_that_cannot_serve_is_refused(run, tiny_npz, refused, tmp_path)
     arrays = dict(np.load(tiny_npz))
     np.savez(tmp_path / "other.npz", **{**arrays, "test_labels": 2 - arrays["test_labels"]})
     options = ["--data-path", str(tmp_path / "other.npz")]
-    assert "was trained on other data" in refused(command=["export", str(run), *options])
-    assert not (run / "export").exists()
+    assert "was trained on other data" in refused(command=["export", str(finished), *options])
+    assert not (finished / "export").exists()
