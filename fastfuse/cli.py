@@ -169,7 +169,7 @@ def parse_train(arguments: list[str]) -> Any:
         early.add_argument(name)
     early.add_argument("--resume", action="store_true")
     try:
-        known, _ = early.parse_known_args(arguments)
+        known, rest = early.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise InputError(f"{error}; see fastfuse train --help") from error
     default = configuration.TrainConfig()
@@ -182,6 +182,9 @@ def parse_train(arguments: list[str]) -> Any:
             from fastfuse.train.record import RunFolder
 
             default = dataclasses.replace(RunFolder(Path(known.out)).read_config(), max_time=None)
+        elif {*rest} <= {"--quiet"} and {name for name, value in vars(known).items() if value} == {"resume", "out"}:
+            # Jobs that are started again and again give all options beside --resume; a run of defaults nobody wants.
+            raise InputError(f"{known.out} holds no run to resume (config.json is missing): check --out")
     default = configuration.adapted(default, method=known.method, model=known.model, students=known.students)
 
     text = f"Train networks together and deploy one.\n\nRecipes: {', '.join(configuration.recipes())}."
@@ -207,7 +210,8 @@ def _eval(arguments: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("network", "top-1 %", "top-5 %", title=f"{path}: test images after epoch {found['epoch']}")
+    print(f"{path}: test images after epoch {found['epoch']}")
+    table = Table("network", "top-1 %", "top-5 %")
     for name, accuracy in found["accuracy"].items():
         table.add_row(name, f"{accuracy['top1']:.2f}", f"{accuracy['top5']:.2f}")
     Console(file=sys.stdout).print(table)

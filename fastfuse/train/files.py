@@ -42,7 +42,7 @@ def write_atomic(
 
 
 def make_folder(path: Path) -> bool:
-    """Create a run folder and see that it can be written to; True if it was not there before.
+    """Create a folder and see that it can be written to; True if it was not there before.
 
     Raises:
         InputError: it cannot be created or written to.
@@ -54,7 +54,7 @@ def make_folder(path: Path) -> bool:
         probe.write_bytes(b"probe")
         probe.unlink()
     except OSError as error:
-        raise InputError(f"cannot use {path} as run folder: {_reason(error)}; choose another --out") from error
+        raise InputError(f"cannot use {path} as a folder: {_reason(error)}; choose another --out") from error
     return created
 
 

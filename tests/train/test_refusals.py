@@ -175,6 +175,14 @@ def test_resume_needs_a_folder(refused):
     assert "--out" in refused(command=["train", "--resume"])
 
 
+def test_resuming_what_is_not_there_starts_no_run_of_defaults(refused, train, tmp_path):
+    absent = tmp_path / "absent"
+    assert f"{absent} holds no run to resume" in refused(command=["train", "--resume", "--out", str(absent)])
+    assert not absent.exists()
+    # A job that is started again and again gives its options beside --resume.
+    assert train("--method", "independent", "--students", 1, "--resume", out="absent").summary["completed"]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
