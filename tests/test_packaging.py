@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -105,8 +106,9 @@ def test_the_citation_is_valid():
     assert {"cff-version", "message", "title", "authors", "version", "license"} <= set(citation)
     assert citation["cff-version"] == "1.2.0" and citation["title"] == "fastfuse"
     assert citation["authors"] == [{"name": "The fastfuse developers"}]
-    project = (ROOT / "pyproject.toml").read_text()
-    assert f'version = "{citation["version"]}"' in project and f'license = "{citation["license"]}"' in project
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert all(citation[field] == project[field] for field in ("version", "license", "authors", "keywords"))
+    assert citation["abstract"] == f"{project['description']}."
     for reference in citation["references"]:
         assert {"type", "title", "authors"} <= set(reference)
 
