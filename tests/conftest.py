@@ -19,6 +19,10 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 # The tensors are small: more threads only wait for each other.
 torch.set_num_threads(1)
 
+# Autograd settles at its first backward whether its threads forbid a fork, as tests of several processes need one;
+# after torch._dynamo's import it would say so, and these tests would depend on what ran before them.
+torch.ones((), requires_grad=True).backward()
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test that needs a GPU is skipped, with the reason, where there is none."""
