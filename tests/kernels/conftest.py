@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from fastfuse.kernels import _dispatch, _extension
 from fastfuse.train.modes import float32_products
+from tests.kernels import cuda_on_host
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -50,3 +52,24 @@ def exact_products():
     """Eager convolutions in float32: with TF32, torch's default, a budget would let a thousandfold error pass."""
     with float32_products(tf32=False):
         yield
+
+
+@pytest.fixture(scope="session")
+def kernels_on_host(tmp_path_factory):
+    """The kernels in CUDA C++ compiled for the host."""
+    if torch.cuda.is_available():
+        pytest.skip("on a machine with a GPU the kernels themselves are tested")
+    if (reason := cuda_on_host.missing()) is not None:
+        pytest.skip(reason)
+    found = cuda_on_host.build(tmp_path_factory.mktemp("cuda_on_host"))
+    _extension.load(found)
+    return found
+
+
+@pytest.fixture
+def emulated(kernels_on_host, monkeypatch, nan_filled):
+    """backend="cuda" serves CPU tensors, into memory filled with NaN."""
+    for backends in _dispatch._ops.values():
+        if "cuda" in backends:
+            monkeypatch.setitem(backends, "cuda", None)
+    return kernels_on_host

@@ -8,9 +8,8 @@ import torch
 
 from fastfuse import functional
 from fastfuse.errors import BackendUnavailableError
-from fastfuse.kernels import _dispatch, _extension
+from fastfuse.kernels import _dispatch
 from fastfuse.testing import assert_within_budget, in_other_orders
-from tests.kernels import cuda_on_host
 from tests.kernels.op_cases import CASES, FORMATS
 from tests.kernels.test_backends_agree import eagerly, run
 
@@ -18,26 +17,6 @@ LAST = torch.channels_last
 SINGLE, HALF, BF16 = torch.float32, torch.float16, torch.bfloat16
 WITH_CUDA = ("attention_map", "attention_mse", "concat_fuse", "diversity")
 COVERED = [case for case in CASES if case.reason.startswith(WITH_CUDA)]
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    if torch.cuda.is_available():
-        pytest.skip("on a machine with a GPU the kernels themselves are tested")
-    if (reason := cuda_on_host.missing()) is not None:
-        pytest.skip(reason)
-    found = cuda_on_host.build(tmp_path_factory.mktemp("cuda_on_host"))
-    _extension.load(found)
-    return found
-
-
-@pytest.fixture
-def emulated(library, monkeypatch, nan_filled):
-    """backend="cuda" serves CPU tensors, into memory filled with NaN."""
-    for backends in _dispatch._ops.values():
-        if "cuda" in backends:
-            monkeypatch.setitem(backends, "cuda", None)
-    return library
 
 
 def exactly(tensors):
@@ -294,17 +273,3 @@ def test_compiles_in_one_graph(emulated):
     assert torch.equal(found, eager)
     for a, e in zip(torch.autograd.grad(found.sum(), tensors), torch.autograd.grad(eager.sum(), tensors), strict=True):
         assert torch.equal(a, e) and a.stride() == e.stride()
-
-
-def test_schemas(emulated):
-    """Shapes, dtypes and strides of the fakes are those of the real outputs."""
-    ops = torch.ops.fastfuse_cuda
-    tensors = [x.detach() for x in maps((2, 3, 5, 4), (1, 9, 3, 3), (2, 7, 5, 4), (1, 3, 3), last=True)]
-    tests = ("test_schema", "test_faketensor")
-    for reduction in ("mean", "none"):
-        torch.library.opcheck(ops.attention_mse_fwd.default, (tensors[:2], tensors[2:], reduction), test_utils=tests)
-    losses, attention, stats = ops.attention_mse_fwd(tensors[:2], tensors[2:], "mean")
-    arguments = (torch.ones_like(losses), attention, stats, tensors[:3], [0, 1, 2], [0, 40, 0], "mean")
-    torch.library.opcheck(ops.attention_mse_bwd.default, arguments, test_utils=tests)
-    torch.library.opcheck(ops.attention_map_fwd.default, (tensors[::2],), test_utils=tests)
-    torch.library.opcheck(ops.attention_map_bwd.default, (torch.ones(2, 5, 4), tensors[::2], 10), test_utils=tests)
