@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfuse.kernels import _triton
+from fastfuse.kernels._limits import check_count
 
 
 @triton.jit
@@ -57,16 +58,22 @@ def sum_of_samples(per_sample, count, MEAN: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def pieces(extent, BLOCK: tl.constexpr):
+    """How many blocks an extent comes to, at least one; tl.cdiv would exceed 32 bits where the extent nearly does."""
+    return (extent - 1) // BLOCK + 1
+
+
+@triton.jit
 def tile_turns(extent, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
     """How many tiles a block of a `Walk` comes to, at most."""
-    tiles = tl.cdiv(extent[1], BLOCK_C) * tl.cdiv(extent[2], BLOCK_N) * extent[0]
+    tiles = pieces(extent[1], BLOCK_C) * pieces(extent[2], BLOCK_N) * extent[0]
     return tl.cdiv(tiles, tl.num_programs(0))
 
 
 @triton.jit
 def tile_place(turn, extent, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
     """Sample, channels, positions and mask of the tile that a block comes to in one of its turns."""
-    across, down = tl.cdiv(extent[2], BLOCK_N), tl.cdiv(extent[1], BLOCK_C)
+    across, down = pieces(extent[2], BLOCK_N), pieces(extent[1], BLOCK_C)
     tile = tl.program_id(0).to(tl.int64) + turn * tl.num_programs(0)
     sample = tile // (across * down)
     channel = (tile // across % down * BLOCK_C + tl.arange(0, BLOCK_C))[:, None]
@@ -105,6 +112,7 @@ class Walk:
             self.block_n = tile if self.flat else min(triton.next_power_of_2(positions), 256)
             self.block_c = tile // self.block_n
         tiles = max(b * triton.cdiv(c, self.block_c) * triton.cdiv(n, self.block_n) for b, c, n in self.extents)
+        check_count("a map", groups[0][0], "tiles", tiles)
         self.grid = (min(max(tiles, 1), max(programs // len(groups), 1)), len(groups))
 
     def _extent(self, x: Tensor) -> tuple[int, int, int]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfuse.errors import InputError
+from fastfuse.kernels._limits import check_span
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # <architecture>.json: launch -> dtype and memory format -> {"constants", "microseconds", ...}, see benchmarks/tune.py.
@@ -104,20 +104,6 @@ def trying(launch: str, **constants: int) -> Iterator[None]:
         _tried.pop(launch)
         if before is not None:
             _tried[launch] = before
-
-
-def check_span(x: Tensor) -> None:
-    """Refuse a map of which one sample reaches further than 32 bits count: offsets of samples alone have 64.
-
-    Raises:
-        InputError: says how far it reaches.
-    """
-    last = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
-    if last >= 2**31:
-        raise InputError(
-            f"a sample of a map {list(x.shape)} spans {last + 1:,} elements in memory, these Triton kernels take at "
-            f"most {2**31:,}; use backend='reference', or smaller or contiguous maps"
-        )
 
 
 def map_strides(x: Tensor, *, far: bool = False) -> tuple[Tensor, int, int, int]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastfuse.kernels import _triton
 from fastfuse.kernels._device import divide, pick, pick_pointer, sum_of_samples, table
+from fastfuse.kernels._limits import check_count, grid
 from fastfuse.kernels._triton import launch_constants, map_like
 from fastfuse.kernels.attention_mse.triton_maps import (
     LONG_SIDE,
@@ -135,6 +136,7 @@ def forward(inputs: Sequence[Tensor], targets: Sequence[Tensor], reduction: str)
     positions = [x.shape[-2] * x.shape[-1] for x in inputs]
     starts = [0, *accumulate(b * n for b, n in zip(batches, positions, strict=True))]
     row = max(batches)
+    check_count("inputs", inputs[0], "statistics", 4 * pairs * row)
     maps = inputs[0].new_empty((2, starts[-1]), dtype=torch.float32)
     stats = inputs[0].new_empty((4, pairs, row), dtype=torch.float32)
     per_sample = inputs[0].new_empty((pairs, row), dtype=torch.float32)
@@ -193,9 +195,9 @@ def _backward_launch(
     extents = (batches, positions, starts, [i % pairs for i in places], [i // pairs for i in places])
     own = launch_constants("attention_mse_bwd", wanted[0], TILE=TILE, WARPS=WARPS, LONG_SIDE=LONG_SIDE)
     sides = tile_sides((*wanted, *gradients), own.TILE, own.LONG_SIDE)
-    grid = (max(batches), triton.cdiv(max(positions), sides["BLOCK_N"]), len(wanted))
-    if grid[0] and grid[1]:
-        attention_mse_bwd_kernel[grid](
+    programs = max(batches), triton.cdiv(max(positions), sides["BLOCK_N"]), len(wanted)
+    if programs[0] and programs[1]:
+        attention_mse_bwd_kernel[grid("inputs or targets", wanted[0], *programs)](
             cotangent, (cotangent.stride(0), cotangent.stride(1) if reduction == "none" else 0),
             maps, maps.shape[1], stats, pairs * row, row, wanted, _layout(wanted), gradients, _layout(gradients),
             tuple(table(values) for values in extents), reduction == "mean", *_types(wanted), **sides,

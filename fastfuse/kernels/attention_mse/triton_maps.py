@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastfuse.kernels import _triton
 from fastfuse.kernels._device import divide
+from fastfuse.kernels._limits import grid
 from fastfuse.kernels._triton import map_like
 
 # 32 elements for each of 256 threads: in bf16 four 16-byte loads in flight per thread.
@@ -155,7 +156,8 @@ def forward(features: Sequence[Tensor]) -> Tensor:
     channels, strides = tuple(x.shape[1] for x in features), _strides(features)
     sides = tile_sides(features, MAP_TILE)
     if attention.numel():
-        attention_map_fwd_kernel[(batch, triton.cdiv(height * width, sides["BLOCK_N"]))](
+        programs = grid("features[0]", features[0], batch, triton.cdiv(height * width, sides["BLOCK_N"]))
+        attention_map_fwd_kernel[programs](
             tuple(features), strides, channels, attention, height * width, sum(channels), **sides, num_warps=WARPS
         )  # fmt: skip
     return attention
@@ -169,7 +171,8 @@ def backward(cotangent: Tensor, wanted: Sequence[Tensor], total: int) -> list[Te
     channels, strides = tuple(x.shape[1] for x in wanted), _strides(wanted)
     sides = tile_sides(wanted, MAP_TILE)
     if cotangent.numel():
-        attention_map_bwd_kernel[(batch, triton.cdiv(height * width, sides["BLOCK_N"]))](
+        programs = grid("features", wanted[0], batch, triton.cdiv(height * width, sides["BLOCK_N"]))
+        attention_map_bwd_kernel[programs](
             cotangent, (stride_b, stride_n), tuple(wanted), strides, tuple(gradients), _strides(gradients), channels,
             height * width, total, **sides, num_warps=WARPS,
         )  # fmt: skip

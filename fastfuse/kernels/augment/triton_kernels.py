@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastfuse.kernels._limits import check_span, grid
+
 # Elements of the result that a block writes, and the longest run of them along a row.
 TILE = 2048
 LONGEST_RUN = 256
@@ -67,13 +69,14 @@ def forward(
     height, width, channels = images.shape[1:]
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     shape = (indices.shape[0], channels, height, width)
+    check_span(images, "images")
     result = torch.empty(shape, dtype=dtype, device=images.device, memory_format=memory_format)
     rows, length = (height, width * channels) if channels_last else (channels * height, width)
     block_x = min(triton.next_power_of_2(length), LONGEST_RUN)
     block_r = min(triton.next_power_of_2(rows), TILE // block_x)
-    grid = (indices.shape[0], triton.cdiv(rows, block_r), triton.cdiv(length, block_x))
+    programs = indices.shape[0], triton.cdiv(rows, block_r), triton.cdiv(length, block_x)
     if result.numel():
-        augment_fwd_kernel[grid](
+        augment_fwd_kernel[grid("images", images, *programs)](
             images, images.stride(), indices, indices.stride(0), offsets, offsets.stride(), flips, flips.stride(0),
             mean, mean.stride(0), std, std.stride(0), result,
             HEIGHT=height, WIDTH=width, CHANNELS=channels, PADDING=padding,

@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 from fastfuse.kernels._device import table
+from fastfuse.kernels._limits import check_positions
 from fastfuse.kernels._triton import launch_constants, map_strides
 from fastfuse.kernels.batch_norm_act import layout
 from fastfuse.kernels.batch_norm_act import triton_backward as bwd
@@ -111,6 +112,7 @@ def forward(
     attention_groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One launch on running statistics or where one program owns a batch, else two; see the README for attention."""
+    check_positions("x", x)
     found = out, attention, statistics = layout.empty_results(x, attention_groups)
     if x.numel() == 0:
         return found

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from fastfuse.errors import InputError
-from fastfuse.kernels import _numerics
+from fastfuse.kernels import _limits, _numerics
 from fastfuse.kernels._numerics import BatchNorm
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def check_kernel_affine(**vectors: Tensor | None) -> None:
 
 
 def check_kernel_norms(feature: Tensor, **norms: BatchNorm) -> None:
-    """Refuse batch statistics of one value, as torch does, and norms whose vectors a kernel cannot walk through."""
+    """Refuse batch statistics of one value, as torch does, and what kernels cannot count or walk through."""
+    _limits.check_positions("features[0]", feature)
     for name, norm in norms.items():
         if norm.training and feature.shape[0] * feature.shape[2] * feature.shape[3] == 1:
             raise InputError(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastfuse.errors import InputError
-from fastfuse.kernels import _across, _dispatch, _extension, _numerics, _triton
+from fastfuse.kernels import _across, _dispatch, _extension, _limits, _numerics, _triton
 from fastfuse.kernels._numerics import BatchNorm
 from fastfuse.kernels.concat_fuse import autograd, checks, reference
 
@@ -121,6 +121,7 @@ def concat_conv1x1(
         out = reference.concat_conv1x1(features, weight, scale, shift)
         found = reference.statistics(out) if statistics else ()
     else:
+        _limits.check_positions("features[0]", features[0])
         checks.check_kernel_affine(scale=scale, shift=shift)
         features = _as_convolved(features, weight=weight)
         out, *found = autograd.ConcatConv1x1.apply(statistics, weight, scale, shift, *features)

@@ -7,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fastfuse.kernels._limits import grid
 from fastfuse.kernels._triton import empty_map, launch_constants, map_strides
 from fastfuse.kernels.concat_fuse import layout
 from fastfuse.kernels.concat_fuse import triton_backward as backward
@@ -138,7 +139,7 @@ def launch_fwd(
     if training[1]:
         parts = triton.cdiv(call.positions, products.POSITIONS)
         outputs = sum(x.shape[1] for x in pre)
-        partial = torch.empty((2, parts, outputs), dtype=torch.float32, device=pre[0].device)
+        partial = products.moments_of(parts, outputs, pre[0])
     products.convolve([[x] for x in hidden], [module.pointwise for module in modules], pre, partial)
     norms, table = _norms(modules, 2, statistics2), table_of([[x] for x in pre])
     if training[1]:
@@ -183,7 +184,8 @@ def _finish(
             shape = (blocks, call.batch, pre[m].shape[1]) if given else (0,)
             parts[m] = torch.empty(shape, dtype=torch.float32, device=pre[m].device)
     limit = {"maxnreg": FINISH_REGISTERS} if pre[0].dtype == torch.float32 else {}
-    forward.concat_fuse_fwd_finish_kernel[(call.batch, blocks, len(modules))](
+    programs = grid("features[0]", modules[0].features[0], call.batch, blocks, len(modules))
+    forward.concat_fuse_fwd_finish_kernel[programs](
         pre_table, norms, fused, results.attention, tuple(parts), gives, call.spatial,
         POSITIONS=width, CHANNELS=CHANNELS, **limit,
     )  # fmt: skip

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fastfuse.kernels._limits import check_count
 from fastfuse.kernels._triton import empty_map, launch_constants
 from fastfuse.kernels.concat_fuse import layout
 from fastfuse.kernels.concat_fuse import triton_kernels as kernels
@@ -75,7 +76,7 @@ def launch_fwd(features: Sequence[Tensor], weight: Tensor, affine: Sequence[Tens
     parts = triton.cdiv(batch * height * width, POSITIONS)
     if statistics:
         # Where there is no tile a place is read all the same, and the mean of nothing is NaN whatever stands there.
-        partial = torch.empty((2, max(parts, 1), channels), dtype=torch.float32, device=out.device)
+        partial = moments_of(max(parts, 1), channels, out)
     if out.numel():
         convolve([features], [weight], [out], partial, affine)
     if statistics and channels:
@@ -84,6 +85,12 @@ def launch_fwd(features: Sequence[Tensor], weight: Tensor, affine: Sequence[Tens
             ROWS=MERGE_ROWS, CHANNELS=MERGE_CHANNELS,
         )  # fmt: skip
     return results
+
+
+def moments_of(parts: int, channels: int, x: Tensor) -> Tensor:
+    """Room for the moments [2, parts, channels] of the tiles of a product like x."""
+    check_count("the result", x, "moments of its tiles", 2 * parts * channels)
+    return torch.empty((2, parts, channels), dtype=torch.float32, device=x.device)
 
 
 def convolve(
@@ -118,6 +125,8 @@ def launch_bwd(
     grad, sums = _of_result(cotangents, kept), []
     positions = grad.shape[0] * grad.shape[2] * grad.shape[3]
     shape = triton.cdiv(positions, POSITIONS), weight.shape[1]
+    if affine:
+        check_count("features[0]", features[0], "partial sums", shape[0] * shape[1])
     parts = [x if x is None else torch.empty(shape, dtype=torch.float32, device=grad.device) for x in of_affine]
     if any(x is not None for x in (*of_maps, *parts)) and positions and weight.shape[1]:
         _through_load(grad, weight, features, of_maps, affine, parts)

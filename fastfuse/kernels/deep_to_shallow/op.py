@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastfuse.errors import InputError
-from fastfuse.kernels import _across, _dispatch, _triton
+from fastfuse.kernels import _across, _dispatch, _limits, _triton
 from fastfuse.kernels.deep_to_shallow import checks, outputs, reference
 from fastfuse.kernels.deep_to_shallow.autograd import DeepToShallow, StageOptions, attention_chain
 from fastfuse.kernels.deep_to_shallow.checks import Stage, Transform
@@ -128,6 +128,8 @@ def _options(name: str, transform: Transform, attention: bool) -> tuple[StageOpt
     options = []
     height, width = x.shape[2:]
     for j, ((weight, norm), padding) in enumerate(zip(transform.stages, transform.paddings, strict=True)):
+        # Of the map that the stage takes in: kernels number through these.
+        _limits.check_count(f"x{name}", x, f"positions before stage {j}", x.shape[0] * height * width)
         height, width = 2 * height - 1 + padding[0], 2 * width - 1 + padding[1]
         checks.check_stage(f"stages{name}[{j}]", weight, norm, x)
         if norm.training and x.shape[0] * height * width == 1:

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fastfuse.kernels._limits import check_count
 from fastfuse.kernels.deep_to_shallow import outputs
 from fastfuse.kernels.deep_to_shallow import triton_conv as conv
 from fastfuse.kernels.deep_to_shallow import triton_norm as norm
@@ -59,6 +60,7 @@ def launch_fwd(
     tile, options = product_tile("deep_to_shallow_fwd", xs[0], dtype, channels, channels_in)
     grid = triton.cdiv(batch * deep[0] * deep[1], tile[0]), triton.cdiv(channels, tile[1])
     tiles = 4 * grid[0]
+    check_count("x", xs[0], "partial sums", (2 * channels + 1) * tiles)
     for members, (x, weight, y), (x_strides, w_strides, strides) in strided(xs, weights, out):
         count = len(members)
         values, gamma, beta, running_mean, running_var, mean, rstd = (

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastfuse.kernels import _triton
 from fastfuse.kernels._device import divide, pick, pick_pointer, sum_of_samples, table
+from fastfuse.kernels._limits import check_count, grid
 from fastfuse.kernels._triton import map_like
 from fastfuse.kernels.diversity_target.layout import sizes
 
@@ -165,6 +166,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """As `closed_form.forward`, for maps of one dtype and kind on each side. At most two launches for all pairs."""
     pairs, (row, width) = len(x), sizes(y)
+    check_count("y", y[0], "samples", len(y) * row)
     per_sample = y[0].new_empty((pairs, row), dtype=torch.float32)
     slope = y[0].new_empty((pairs, row, width), dtype=torch.float32)
     shifted = [map_like(one) for one in y if shift]
@@ -193,9 +195,9 @@ def backward(
     _, row, width = slope.shape
     blocks = _blocks(x, sizes(x)[1])
     channels = max(one.shape[1] if one.dim() == 4 else 1 for one in x)
-    grid = (sizes(x)[0], triton.cdiv(channels, blocks["BLOCK_C"]), len(x))
-    if grid[0] and grid[1]:
-        diversity_target_bwd_map_kernel[grid](
+    programs = sizes(x)[0], triton.cdiv(channels, blocks["BLOCK_C"]), len(x)
+    if programs[0] and programs[1]:
+        diversity_target_bwd_map_kernel[grid("x", x[0], *programs)](
             cotangent, (cotangent.stride(0), cotangent.stride(1) if reduction == "none" else 0), slope, row, width,
             *_addresses(x), *_addresses(gradients), (*_extents(x), table(pairs)),
             MEAN=reduction == "mean", READY=x[0].dim() == 3, **blocks,

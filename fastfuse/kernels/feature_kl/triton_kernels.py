@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastfuse.kernels import _students, _triton
 from fastfuse.kernels._device import ordered_sum
+from fastfuse.kernels._limits import check_count
 
 # Of each map: one 16-byte load for each of 128 threads, half of that for more than FEW students: more would spill
 # registers.
@@ -232,6 +233,10 @@ class _Launch:
         elements = TILE_BYTES // features[0].element_size() // (1 if together <= FEW else 2)
         tile = {"ROWS": max(elements // block, 1), "BLOCK": block}
         turns = max(batch * triton.cdiv(rows, tile["ROWS"]) for batch, rows, _ in self.extents)
+        _, rows, values = (max(sizes) for sizes in zip(*self.extents, strict=True))
+        check_count("features", features[0], "distributions of a sample", rows)
+        check_count("features", features[0], "values of a distribution", values)
+        check_count("features", features[0], "tiles", turns)
         self.grid = (min(max(turns, 1), max(PROGRAMS // pairs, 1)), pairs)
         # The mean over nothing is not a number.
         counts = [batch * rows for batch, rows, _ in self.extents]

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastfuse.kernels._limits import check_count, check_positions, grid
 from fastfuse.kernels._triton import launch_constants, map_strides
 from fastfuse.kernels.grouped_conv import layout
 from fastfuse.kernels.grouped_conv import triton_kernels as kernels
@@ -28,6 +29,8 @@ DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 
 def launch_fwd(x: Tensor, weight: Tensor, groups: int, stride: int) -> Tensor:
     """See `fastfuse::grouped_conv_fwd`."""
+    check_positions("x", x)
+    check_count("weight", weight, "elements", weight.numel())
     out = layout.empty_result(x, weight, stride)
     if out.numel() == 0 or weight.shape[1] == 0:
         return out.zero_()
@@ -37,7 +40,7 @@ def launch_fwd(x: Tensor, weight: Tensor, groups: int, stride: int) -> Tensor:
     tile, options = _tile("grouped_conv_fwd", x, channels, weight.shape[1])
     positions = out.shape[0] * out.shape[2] * out.shape[3]
     programs = triton.cdiv(positions, tile[0]) * triton.cdiv(channels, tile[1]) * groups
-    kernels.grouped_conv_fwd_kernel[(programs,)](
+    kernels.grouped_conv_fwd_kernel[grid("x", x, programs)](
         x, weight, out, groups, weight.shape[2], x.shape[0], tuple(x_strides), tuple(w_strides), map_strides(out)[1:],
         **_constants(x, out, weight, stride), **_precise(x), **_sides(tile), **options,
     )  # fmt: skip
@@ -64,7 +67,7 @@ def launch_bwd(
     height, width = (triton.cdiv(side, stride) for side in x.shape[2:])
     tiles = triton.cdiv(x.shape[0] * height * width, tile[0])
     programs = 0 if of_map is None else tiles * stride**2 * triton.cdiv(outer, tile[1]) * groups
-    kernels.grouped_conv_bwd_gradients_kernel[(merges + programs,)](
+    kernels.grouped_conv_bwd_gradients_kernel[grid("x", x, merges + programs)](
         partial, of_weight, grad, weight, of_map, merges, splits, tiles, groups, x.shape[0],
         tuple(g_strides), tuple(w_strides), v_strides, (0, 0, 0) if of_map is None else map_strides(of_map)[1:],
         **constants, **_precise(x), BLOCK=MERGE_BLOCK, **_sides(tile), **options,

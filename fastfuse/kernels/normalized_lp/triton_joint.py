@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastfuse.kernels import _triton
 from fastfuse.kernels._device import divide, pick, pick_pointer, table
+from fastfuse.kernels._limits import check_count, grid
 from fastfuse.kernels.attention_mse.triton_maps import LONG_SIDE, compare_maps, map_gradient, tile_sides
 from fastfuse.kernels.normalized_lp.layout import gradient_like
 from fastfuse.kernels.normalized_lp.triton_sums import (
@@ -206,7 +207,9 @@ class _Launch:
         blocks = [triton.cdiv(n, self.sides["BLOCK_N"]) for n in self.positions]
         deep = [triton.cdiv(c, self.sides["BLOCK_C"]) for c in self.channels]
         self.tiles = [b * n * d for b, n, d in zip(self.batches, blocks, deep, strict=True)]
-        self.grid = (max(self.batches), max(blocks), len(shapes))
+        check_count("inputs", columns[0][0], "partial sums", 5 * sum(self.tiles))
+        check_count("inputs", columns[0][0], "statistics", 10 * len(shapes) * max(self.batches))
+        self.grid = grid("inputs", columns[0][0], max(self.batches), max(blocks), len(shapes))
 
     def extents(self, *columns: Sequence[int]) -> tuple:
         """Tables of batch, channels and positions, and of further numbers of every pair."""

@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfuse.kernels._device import divide, pick, pick_pointer, table
-from fastfuse.kernels._triton import check_span, launch_constants
+from fastfuse.kernels._limits import check_count, check_span, grid
+from fastfuse.kernels._triton import launch_constants
 from fastfuse.kernels.normalized_lp.layout import gradient_like, rows
 from fastfuse.kernels.normalized_lp.triton_sums import (
     combine,
@@ -140,6 +141,8 @@ class _Launch:
         tiles = [triton.cdiv(elements, self.tile) for elements in self.elements]
         starts = list(accumulate((b * n for b, n in zip(self.batches, tiles, strict=True)), initial=0))
         self.plane = starts.pop()
+        check_count("inputs", columns[0][0], "partial sums", 5 * self.plane)
+        check_count("inputs", columns[0][0], "statistics", 6 * len(shapes) * max(self.batches))
         lines, addresses = zip(*(rows(pair) for pair in zip(*columns, strict=True)), strict=True)
         self.flat = all(strides.flat for pair in addresses for strides in pair)
         self.extents = tuple(table(values) for values in (self.batches, self.elements, starts, lines))
@@ -147,7 +150,7 @@ class _Launch:
             tuple(table(values) for values in zip(*(strides[:3] for strides in column), strict=True))
             for column in zip(*addresses, strict=True)
         ]
-        self.grid = (max(self.batches), max(tiles), len(shapes))
+        self.grid = grid("inputs", columns[0][0], max(self.batches), max(tiles), len(shapes))
 
     def options(self) -> dict[str, int]:
         return {"FLAT": self.flat, "TILE": self.tile, "num_warps": self.warps}

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfuse.kernels._device import divide, ordered_sum, pick, pick_pointer
+from fastfuse.kernels._limits import check_count, grid
 from fastfuse.kernels.peer_kl_ce.triton_rows import (
     against_label,
     excess,
@@ -172,6 +173,7 @@ def launch_fwd(
     """Cross-entropy, divergence and right answers of the heads, and the statistics for backward."""
     edges = structure(logits, teachers, counts, ensemble)
     batch, classes = logits[0].shape
+    check_count("logits", logits[0], "classes", classes)
     heads, device = len(counts), logits[0].device
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -185,7 +187,7 @@ def launch_fwd(
     samples = found if reduction == "none" else results(heads, batch)
     stats = empty(2 if labels is None else 4, edges["SOURCES"], batch)
     if batch:
-        peer_kl_ce_fwd_sample_kernel[batch, edges["SOURCES"]](
+        peer_kl_ce_fwd_sample_kernel[grid("logits", logits[0], batch, edges["SOURCES"])](
             labels=labels, ce=samples[0], kl=samples[1], correct=samples[2], stats=stats, batch=batch, classes=classes,
             temperature=temperature, epsilon=epsilon, smoothing=smoothing, HEADS=heads, HAS_EPSILON=epsilon != 0,
             SMOOTHED=smoothing != 0, **_edges(weights), **edges, **_block(classes),
@@ -221,7 +223,8 @@ def launch_bwd(
     if batch:
         block = _block(classes)
         both = [None if g is None else (g.stride(0), g.stride(1) if g.dim() == 2 else 0) for g in (grad_ce, grad_kl)]
-        peer_kl_ce_bwd_logits_kernel[batch, len(heads), triton.cdiv(classes, block["BLOCK"])](
+        programs = grid("logits", logits[0], batch, len(heads), triton.cdiv(classes, block["BLOCK"]))
+        peer_kl_ce_bwd_logits_kernel[programs](
             grads=tuple(grads), grad_strides=strides_of(grads), heads=tuple(heads), labels=labels,
             grad_ce=grad_ce, grad_ce_strides=both[0], grad_kl=grad_kl, grad_kl_strides=both[1],
             stats=stats, batch=batch, classes=classes, temperature=temperature, epsilon=epsilon, smoothing=smoothing,
