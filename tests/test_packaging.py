@@ -58,7 +58,8 @@ def test_the_wheel_is_pure_and_complete(built):
         "py.typed",
         "data/digits.npz",
         "nn/strategies.json",
-        "csrc/concat_fuse.cu",
+        "csrc/concat_fuse.cuh",
+        "csrc/concat_fuse_forward.cu",
         "recipes/cifar100-wrn16_2.toml",
     ):
         assert f"fastfuse/{one}" in files

@@ -1,4 +1,4 @@
-"""The first part of concat_fuse in CUDA C++: depthwise 3x3, batch norm, ReLU. See csrc/concat_fuse.cu."""
+"""The first part of concat_fuse in CUDA C++: depthwise 3x3, batch norm, ReLU. See csrc/concat_fuse.cuh."""
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -10,7 +10,7 @@ from torch import Tensor
 from fastfuse.errors import BackendUnavailableError
 from fastfuse.kernels.concat_fuse.layout import PARAMETERS, Module
 
-# What describes a launch travels as kernel parameters, of which there may be 4 KiB (csrc/concat_fuse.cu).
+# What describes a launch travels as kernel parameters, of which there may be 4 KiB (csrc/concat_fuse.cuh).
 MOST_MAPS = 20
 MOST_MODULES = 8
 
