@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(THREADS, 2) concat_fuse_bwd_channel_kernel(con
 #pragma unroll
   for (int i = 0; i < TAPS; ++i) {
     const auto total = static_cast<float>(block_sum(static_cast<double>(of_taps[i]), sums));
-    if (threadIdx.x == 0) module.of_taps.put(channel * TAPS + i, total);
+    if (threadIdx.x == 0) module.of_taps.put(channel * static_cast<int64_t>(TAPS) + i, total);
   }
 }
 
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(THREADS, 2) concat_fuse_bwd_sums_kernel(
     const float total = over_warps(sum[v], scratch), total_x = over_warps(sum_x[v], scratch);
     if (threadIdx.x < 32 && place.present) {
       const int64_t column = place.column() + v;
-      partial[blockIdx.x * call.channels + column] = total;
+      partial[blockIdx.x * static_cast<int64_t>(call.channels) + column] = total;
       partial[(call.shares + blockIdx.x) * static_cast<int64_t>(call.channels) + column] = total_x;
     }
   }

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(THREADS, 2) concat_fuse_fwd_moments_kernel(
     Moments all = scratch[v][threadIdx.x];
     for (int warp = 1; warp < WARPS; ++warp) all = merge(all, scratch[v][warp * 32 + threadIdx.x]);
     const int64_t column = place.column() + v;
-    partial[blockIdx.x * call.channels + column] = all.mean;
+    partial[blockIdx.x * static_cast<int64_t>(call.channels) + column] = all.mean;
     partial[(call.shares + blockIdx.x) * static_cast<int64_t>(call.channels) + column] = all.squares;
   }
 }

@@ -26,7 +26,8 @@ inline Call describe(
   call.height = static_cast<int32_t>(x.size(2));
   call.width = static_cast<int32_t>(x.size(3));
   const int64_t positions = x.size(0) * x.size(2) * x.size(3);
-  STD_TORCH_CHECK(positions < (int64_t{1} << 31), "a channel has at most 2^31 values");
+  // As fastfuse/kernels/_limits.py has it: the last share and the last step of a loop reach beyond the positions.
+  STD_TORCH_CHECK(positions <= (int64_t{1} << 31) - (int64_t{1} << 24), "a channel has at most 2^31 - 2^24 values");
   const int64_t share = (positions + SHARES - 1) / SHARES;
   call.chunk = static_cast<int32_t>(share > LEAST ? share : LEAST);
   call.shares = static_cast<int32_t>(blocks(positions, call.chunk));

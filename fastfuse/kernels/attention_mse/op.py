@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastfuse.errors import InputError
-from fastfuse.kernels import _dispatch, _extension, _numerics, _triton
+from fastfuse.kernels import _dispatch, _extension, _limits, _numerics, _triton
 from fastfuse.kernels.attention_mse import reference
 from fastfuse.kernels.attention_mse.autograd import AttentionMap, AttentionMse
 
@@ -15,6 +15,8 @@ _dispatch.register("attention_mse", {"triton": _triton.why_not, "cuda": _extensi
 
 # Addresses and strides travel as kernel parameters, of which there may be 4 KiB: about 60 bytes a map.
 MAX_PAIRS = 32
+# Of a block in the backward of csrc/attention.cuh; its blocks are counted along the grid's second axis.
+CUDA_POSITIONS = 256
 
 
 def attention_map(features: Tensor | Sequence[Tensor], *, backend: str = "auto") -> Tensor:
@@ -34,7 +36,7 @@ def attention_map(features: Tensor | Sequence[Tensor], *, backend: str = "auto")
     for s, feature in enumerate(features):
         _numerics.check_floating(f"features[{s}]", feature, (4,))
         _check_grid(f"features[{s}]", feature, "features[0]", features[0])
-    backend = _served(backend, features)
+    backend = _served("features", backend, features)
     if backend == "reference":
         return reference.attention_map(features)
     return AttentionMap.apply(backend, *(_triton.map_strides(x)[0] for x in features))
@@ -74,7 +76,7 @@ def attention_mse(
         _numerics.check_floating(f"targets[{i}]", y, (3, 4))
         _check_grid(f"targets[{i}]", y, f"inputs[{i}]", x)
     _numerics.check_stackable(pairs, reduction)
-    backend = _served(backend, [x for pair in pairs for x in pair])
+    backend = _served("inputs", backend, [x for pair in pairs for x in pair])
     if backend == "reference":
         losses = [reference.attention_mse(x, y, reduction) for x, y in pairs]
         return losses[0] if single else torch.stack(losses)
@@ -82,9 +84,12 @@ def attention_mse(
     return losses.view(losses.shape[1:]) if single else losses
 
 
-def _served(backend: str, maps: Sequence[Tensor]) -> str:
+def _served(name: str, backend: str, maps: Sequence[Tensor]) -> str:
     """The backend that serves all maps; the reference where they would go different ways."""
     found = {_dispatch.resolve("attention_mse", backend, x) for x in maps}
+    if found == {"cuda"}:
+        for x in maps:
+            _limits.grid(name, x, x.shape[0], -(-x.shape[-2] * x.shape[-1] // CUDA_POSITIONS))
     return found.pop() if len(found) == 1 else "reference"
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastfuse.errors import InputError
-from fastfuse.kernels import _dispatch, _extension, _numerics, _triton
+from fastfuse.kernels import _dispatch, _extension, _limits, _numerics, _triton
 from fastfuse.kernels.diversity_target import reference
 from fastfuse.kernels.diversity_target.autograd import DiversityTarget
 
@@ -143,6 +143,7 @@ def _launches(
     losses: dict[int, Tensor] = {}
     shifted: dict[int, Tensor] = {}
     for members in groups.values():
+        _check_counts([pairs[i] for i in members])
         maps = [
             _triton.map_strides(one, far=True)[0]
             for side in zip(*(pairs[i] for i in members), strict=True)
@@ -154,6 +155,15 @@ def _launches(
         losses.update(zip(members, found.unbind(0), strict=False))
         shifted.update(zip(members, moved, strict=False))
     return torch.stack([losses[i] for i in sorted(losses)]) if losses else found, [shifted[i] for i in sorted(shifted)]
+
+
+def _check_counts(pairs: Sequence[tuple[Tensor, ...]]) -> None:
+    """Refuse what the kernels of a launch cannot count; of its tables the largest batch makes a row."""
+    row = max(y.shape[0] for *_, y in pairs)
+    _limits.check_count("y", pairs[0][-1], "samples", len(pairs) * row)
+    for *own, y in pairs:
+        for name, one in (("y", y), *(("x", x) for x in own)):
+            _limits.check_count(name, one, "channels", one.shape[1] if one.dim() == 4 else 1)
 
 
 def _check(pairs: Sequence[tuple[Tensor, ...]], mode: str, reduction: str, shift: bool) -> None:
