@@ -71,13 +71,14 @@ def peer_kl_ce_fwd_sample_kernel(
                 weight = share(weights, weight_strides, head, source, times)
                 mass_of_targets += weight
                 peak, mass = statistics(rows, strides, MEMBERS, source, sample, classes, temperature, BLOCK)
-                log_mass = tl.log(mass)
+                # Of the quotient: the two logarithms' errors are larger, and common to all classes.
+                masses = tl.log(tl.div_rn(mass, total))
                 for start in range(0, classes, BLOCK):
                     k = start + tl.arange(0, BLOCK)
                     inside = k < classes
                     z = logits_tile(rows, strides, MEMBERS, head, sample, k, inside) / temperature - highest
                     t = logits_tile(rows, strides, MEMBERS, source, sample, k, inside) / temperature - peak
-                    q, log_ratio = tl.exp(t) / mass, (t - z) - (log_mass - log_total)
+                    q, log_ratio = tl.exp(t) / mass, (t - z) - masses
                     if HAS_EPSILON:
                         q += epsilon
                         log_ratio = tl.log(q) - (z - log_total)
