@@ -2,7 +2,9 @@
 
 import csv
 import functools
+import gc
 import json
+import math
 import re
 
 import pytest
@@ -13,6 +15,7 @@ from benchmarks.programs import Case, Start
 from benchmarks.selection import Form, Program
 from fastfuse.errors import InputError
 from fastfuse.kernels import _dispatch
+from tests.train.recorded import stand_in
 
 CASE = Case("resnet8", 2, 4, "off", torch.device("cpu"))
 LOOP = Form("eager", "loop")
@@ -225,6 +228,13 @@ def test_a_graph_holds_the_step_and_all_that_it_changes(mode, start, monkeypatch
     before = [x.detach().clone() for x in state()]
     function()
     assert any(not torch.equal(x, old) for x, old in zip(state(), before, strict=True))
+
+
+def test_a_replayed_step_keeps_all_that_it_reads(start, monkeypatch):
+    stand_in(monkeypatch)
+    made = programs.prepare(Program("fastfuse", Form("graphed", "loop")), CASE, start)
+    gc.collect()
+    assert math.isfinite(float(made.step()))
 
 
 def test_a_full_memory_costs_the_program_that_finds_it_full(monkeypatch, capsys):

@@ -2,6 +2,9 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
+from weakref import proxy
 
 import torch
 from torch import Tensor
@@ -84,9 +87,8 @@ class Engine:
         pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
         together = self.step.processes.count > 1
 
-        def work() -> None:
-            self._work(count)
-
+        own: Any = proxy(self)  # held by its own graphs it would wait for the garbage collector
+        work = partial(Engine._work, own, count)
         if together:
             # A process that fails here ends: the others wait on the device for its part, where no word reaches them.
             warm_up(work, self.tensors, calls=WARM_UP_CALLS_TOGETHER, stream=self.step.stream)

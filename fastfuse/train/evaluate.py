@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
+from weakref import proxy
 
 import torch
 from torch import Tensor
@@ -76,9 +78,9 @@ class Evaluator:
                 self._counted().zero_()
                 for x, old in zip(self.batches.tensors(), before, strict=True):
                     x.copy_(old)
-            self._graphs[count] = Captured(
-                lambda: self._work(count), lambda: [self._counted(), *self.batches.tensors()], self._pool()
-            )
+            own: Any = proxy(self)  # held by its own graphs it would wait for the garbage collector
+            work = partial(Evaluator._work, own, count)
+            self._graphs[count] = Captured(work, lambda: [self._counted(), *self.batches.tensors()], self._pool())
         self._graphs[count]()
 
     def _counted(self) -> Tensor:

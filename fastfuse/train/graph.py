@@ -61,7 +61,7 @@ class Captured(Generic[T]):
     The function reads and writes tensors at fixed addresses and never reads one on the host.
 
     Args:
-        function: the work; called with the same arguments in every replay.
+        function: the work; kept, for what it alone holds must live as long as its replays read and write it.
         state: gives every tensor that the work changes and that lives on; put back after each warm-up call, since a
             second one may find a counter past its end.
         pool: as `CUDAGraph.pool` gives it: memory shared with other captures of which never two run at a time.
@@ -80,7 +80,7 @@ class Captured(Generic[T]):
     ) -> None:
         if not warm:
             warm_up(function, state, stream=stream)
-        self.graph = torch.cuda.CUDAGraph()
+        self.function, self.graph = function, torch.cuda.CUDAGraph()
         self.result = self._capture(function, pool, stream)
 
     def _capture(self, function: Callable[[], T], pool: Any, stream: torch.cuda.Stream | None) -> T:

@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from weakref import ref
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastfuse.train import graph as module
 
@@ -42,21 +44,33 @@ def capturing() -> Iterator[None]:
 
 
 class Recorded:
-    """Stands in for a CUDA graph: it keeps the function, and a replay calls it."""
+    """Stands in for a CUDA graph: a replay calls the function. As a real one, it keeps nothing that this needs alive.
+
+    Attributes:
+        stream: where it was captured.
+        result: what the function gave then; a replay puts new values into the same tensors.
+    """
 
     def __init__(self) -> None:
         self.replays = 0
+        self.stream = self.result = None
 
     def replay(self) -> None:
         self.replays += 1
-        self.function()
+        function = self.function()
+        assert function is not None, "what a graph reads and writes is gone, and it is replayed"
+        found = function()
+        with torch.no_grad():
+            for place, value in zip(tree_leaves(self.result), tree_leaves(found), strict=True):
+                if isinstance(place, torch.Tensor):
+                    place.copy_(value)
 
     def pool(self) -> tuple[int, int]:
         return (0, 1)
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
-    """CUDA graphs on a CPU: as on a GPU, a capture runs nothing and a replay repeats the captured calls.
+    """CUDA graphs and streams on a CPU: as on a GPU, a capture runs nothing and a replay repeats the captured calls.
 
     Returns:
         All graphs that are captured from now on.
@@ -64,20 +78,31 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
     graphs: list[Recorded] = []
 
     class Stream:
+        def __init__(self, *_: object) -> None:
+            pass
+
         def wait_stream(self, other: object) -> None:
             pass
 
-    @contextmanager
-    def nothing(*_: object, **__: object) -> Iterator[None]:
-        yield
+    streams = [Stream()]  # the current one is the last
 
     @contextmanager
-    def graph(recorded: Recorded, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
+    def on(stream: Stream) -> Iterator[None]:
+        streams.append(stream)
+        try:
+            yield
+        finally:
+            streams.pop()
+
+    @contextmanager
+    def graph(recorded: Recorded, pool: object, stream: Stream | None, capture_error_mode: str) -> Iterator[None]:
         # The work of the capture is undone, since a real one only notes it.
         saved = [(x, x.detach().clone()) for x in recorded.state()]
+        del recorded.state
+        recorded.stream = stream or Stream()
         graphs.append(recorded)
         try:
-            with capturing():
+            with capturing(), on(recorded.stream):
                 yield
         finally:
             with torch.no_grad():
@@ -88,13 +113,14 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
 
     def init(self, function, state, pool=None, **form):
         made = Recorded()
-        made.function, made.state = function, state
+        made.function, made.state = ref(function), state
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made)
         original(self, function, state, pool, **form)
+        made.result = self.result
 
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", nothing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: streams[-1])
+    monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(module.Captured, "__init__", init)
     return graphs

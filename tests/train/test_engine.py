@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import weakref
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -186,6 +187,23 @@ def test_an_evaluation_replayed_counts_the_same(recorded_graphs: list[Recorded])
         assert engine.step.method.training
     assert found[0] == found[1] and found[0][0] == found[0][1]
     assert [graph.replays for graph in recorded_graphs] == [4, 2]
+
+
+def test_graphs_go_with_who_replays_them(recorded_graphs: list[Recorded]) -> None:
+    """Not when the garbage collector comes: until then they hold a GPU's memory."""
+    engine = make("independent", graphed=True)
+    run_epoch(engine)
+    source = engine.batches.dataset
+    batches = data.EvaluationBatches(source.test, mean=source.mean, std=source.std, batch_size=BATCH)
+    evaluator = Evaluator(engine.step.method, batches, nullcontext, graphed=True)
+    evaluator()
+    held = [weakref.ref(graphs) for own in (engine, evaluator) for graphs in own._graphs.values()]
+    gc.disable()
+    try:
+        del engine, evaluator
+        assert len(held) == 4 and not any(graph() for graph in held)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", ["independent", "ffl"])
