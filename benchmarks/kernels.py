@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from benchmarks.timing import Timing, measure_in_turn
 from fastfuse.kernels import _dispatch
 from fastfuse.testing import relative_l2
 from fastfuse.train.build import pick_device
+from fastfuse.train.graph import Captured, beside
 
 MODES = ("forward", "backward")
 # Against a float64 reference: bfloat16 outputs carry 2^-9 each, a wrong kernel is far above this.
@@ -129,6 +131,13 @@ def compile_share(chosen: Sequence[tuple[KernelCase, str]], device: torch.device
                 _forward_backward(function, tensors)
             except Exception as error:  # whoever measures this case meets it again, and says so
                 print(f"{case.op} {case.shape} {name}: {type(error).__name__}", file=sys.stderr)
+        release(device)
+
+
+def release(device: torch.device) -> None:
+    """Give back what nobody holds: a dozen processes that compile have one GPU's memory."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def providers_of(
@@ -170,7 +179,8 @@ def _measure(
         if mode == "backward" and not any(x.requires_grad for x in tensors):
             continue
         calls = {p: one_pass(function, copies, mode, device) for p, function in providers.items()}
-        peaks = {p: _peak(call, device) for p, call in calls.items()}
+        # Of the pass itself: a replay allocates nothing.
+        peaks = {p: _peak(call.function if isinstance(call, Captured) else call, device) for p, call in calls.items()}
         timings = measure_in_turn(calls, repeats=options.repeats, calls=1, warmup=1, device=device)
         medians = {p: timing.median / len(copies) for p, timing in timings.items()}
         moved = _bytes(case, tensors, mode)
@@ -209,16 +219,27 @@ def _forward_backward(function: Callable, tensors: Sequence[Tensor]) -> tuple[li
 
 def agree(case: KernelCase, providers: dict[str, Callable], tensors: list[Tensor]) -> None:
     """No speed of a wrong answer: outputs and gradients of all providers against the reference's in eager."""
-    wanted, gradients = _forward_backward(providers["reference"], tensors)
+    stream = captured_on(tensors[0].device)
+    with beside(stream):
+        wanted, gradients = _forward_backward(providers["reference"], tensors)
     for name, function in providers.items():
-        ours, own = _forward_backward(function, tensors)
+        with beside(stream):
+            ours, own = _forward_backward(function, tensors)
         for a, b in zip([*ours, *own], [*wanted, *gradients], strict=True):
             if (error := relative_l2(a, b)) > AGREEMENT:
                 raise AssertionError(f"{case.op} {case.shape}: {name} differs from the reference by {error:.1e}")
 
 
+@cache
+def captured_on(device: torch.device) -> torch.cuda.Stream | None:
+    """The stream for all work whose backward may be captured: it runs where its forward ran, and cannot be captured on
+    the default one. None on a CPU."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
 def one_pass(function: Callable, copies: list[list[Tensor]], mode: str, device: torch.device) -> Callable[[], object]:
     """One pass over all copies of the inputs; a captured graph on a GPU, so that launch gaps do not count."""
+    stream = captured_on(device)
     if mode == "forward":
 
         def once() -> None:
@@ -227,23 +248,14 @@ def one_pass(function: Callable, copies: list[list[Tensor]], mode: str, device: 
                     function(tensors)
 
     else:
-        prepared = [_prepared(function, tensors) for tensors in copies]
+        with beside(stream):
+            prepared = [_prepared(function, tensors) for tensors in copies]
 
         def once() -> None:
             for wanted, sources, cotangents in prepared:
                 torch.autograd.grad(wanted, sources, cotangents, retain_graph=True, allow_unused=True)
 
-    if device.type != "cuda":
-        return once
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        once()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        once()
-    return graph.replay
+    return once if stream is None else Captured(once, list, stream=stream)
 
 
 def _prepared(function: Callable, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch._functorch import config as functorch_config
 
+from benchmarks.kernels import release
 from benchmarks.launch_space import SEARCHES, Search
 from benchmarks.report import environment
 from benchmarks.shares import compile_together, part_of
@@ -46,6 +47,7 @@ def compile_share(chosen: Sequence[tuple[Search, str]], part: str, device: torch
                     torch.autograd.backward(wanted, [torch.ones_like(y) for y in wanted])
             except Exception as error:
                 print(f"{search.launch} {trial}: {type(error).__name__}: {str(error)[:100]}", file=sys.stderr)
+            release(device)
 
 
 def merged(table: Path, launch: str, kind: str, row: dict[str, Any] | None) -> None:

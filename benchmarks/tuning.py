@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernel_cases import KernelCase
-from benchmarks.kernels import copies_of, one_pass
+from benchmarks.kernels import captured_on, copies_of, one_pass
 from benchmarks.launch_space import Search
 from benchmarks.timing import Timing, measure_in_turn
 from fastfuse.kernels import _triton
 from fastfuse.testing import assert_within_budget
+from fastfuse.train.graph import beside
 
 WORTH = 0.97  # of the time before: less is noise
 REPEATS = 7
@@ -77,7 +78,10 @@ class Bench:
 
     def results(self, inputs: Sequence[Tensor], backend: str) -> list[Tensor]:
         """Outputs and gradients; of running statistics, which a forward changes, each call has its own."""
-        inputs = own(inputs)
+        with beside(captured_on(self.device)):
+            return self._results(own(inputs), backend)
+
+    def _results(self, inputs: Sequence[Tensor], backend: str) -> list[Tensor]:
         outputs = several(self.case.call(inputs, backend))
         wanted = [(y, g.to(y.dtype)) for y, g in zip(outputs, self.cotangents, strict=True) if y.requires_grad]
         sources = [x for x in inputs if x.requires_grad]

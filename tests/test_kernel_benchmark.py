@@ -10,6 +10,7 @@ from benchmarks import kernel_plan, kernels, run
 from benchmarks.kernel_cases import KernelCase, cases
 from benchmarks.options import for_suite, make_parser
 from benchmarks.shares import compile_together, part_of
+from tests.train.recorded import stand_in
 
 
 def test_every_op_has_a_cifar_and_an_imagenet_case_in_the_short_list():
@@ -56,6 +57,23 @@ def test_no_speed_of_a_wrong_answer(one_small_case, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: lambda tensors: function(tensors) * 1.1)
     with pytest.raises(AssertionError, match="compile differs from the reference"):
         run.main(["--suite", "kernels", "--quick", "--device", "cpu"])
+
+
+def test_a_backward_is_captured_where_its_forward_ran_and_keeps_its_inputs(monkeypatch):
+    """Autograd runs it on that stream, and the default one cannot be captured."""
+    graphs, default, ran = stand_in(monkeypatch), torch.cuda.current_stream(), []
+
+    def function(tensors):
+        ran.append(torch.cuda.current_stream())
+        return tensors[0] * 2
+
+    kernels.captured_on.cache_clear()
+    try:
+        call = kernels.one_pass(function, [[torch.ones(3, requires_grad=True)]], "backward", torch.device("cuda"))
+    finally:
+        kernels.captured_on.cache_clear()
+    call()
+    assert ran == [graphs[0].stream] and ran[0] is not default and graphs[0].replays == 1
 
 
 def test_what_a_forward_changes_in_place_is_every_providers_own(monkeypatch):
