@@ -7,6 +7,7 @@ from benchmarks import profile_step, profiling
 from benchmarks import trace_parts as parts
 from benchmarks.cases import Case
 from benchmarks.roofline import Rates
+from fastfuse.train.terms import TermLog
 
 CPU = torch.device("cpu")
 
@@ -130,6 +131,13 @@ def test_a_real_step_is_marked_and_its_backward_found(engine):
     marks = {e["name"].removeprefix(parts.MARK) for e in events if e.get("cat") == "user_annotation"}
     assert set(parts.PHASES) <= marks
     assert "outputs" not in vars(engine.step.method), "the marks are gone"
+
+
+def test_a_profile_takes_more_steps_than_terms_are_kept_of(monkeypatch):
+    """A GPU says nothing of the place beyond the last one, and then nothing runs any more."""
+    monkeypatch.setattr(profiling, "TermLog", lambda interval, device: TermLog(3, device))
+    engine, start = profiling.made(Case("resnet8", 2, 4, "off", CPU), "loop", graphed=False, batches=3)
+    assert profile_step.step_ms(engine, start, 3, CPU) > 0
 
 
 def test_bytes_and_products_of_convolutions_are_counted(engine):
