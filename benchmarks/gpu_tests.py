@@ -19,8 +19,9 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 ALIASES = {"attention_map": "attention_mse", "diversity": "diversity_target", "peer_kl": "peer_kl_ce"}
 # One call of every kernel is enough for the sanitizer, which makes each a hundred times slower.
 SHORT = re.compile(r"(triton_equals|on_a_gpu).*\[(?=.*float32)(?=.*channels_last)")
-# Tens of GB of GPU memory, or a measurement: one process after another, beside nothing else.
-ALONE = re.compile(r"beyond_32_bits|test_benchmarks_gpu")
+# By name of the shard, and at most so many at once beside nothing else: tens of GB of GPU memory, or a measurement.
+APART = {"large": (re.compile("beyond_32_bits"), 3), "alone": (re.compile("test_benchmarks_gpu"), 1)}
+NO_TIME = "no time"
 MOST = 24  # tests of a process: one that takes long must not be the last
 
 
@@ -31,7 +32,8 @@ class Result:
     Attributes:
         passed: how many tests.
         bad: tests that failed, were skipped, or of which nothing was heard, with the reason.
-        red: operators with such a test, but for skipped ones: nothing says that these are wrong.
+        red: operators with such a test, but for those that were skipped or never began: nothing says that these are
+            wrong.
     """
 
     passed: int = 0
@@ -50,15 +52,21 @@ def op_of(test: str, ops: Sequence[str]) -> str | None:
 def shards(tests: Sequence[str], ops: Sequence[str]) -> dict[str, list[str]]:
     """Tests by operator, those of something else by file, in pieces "NAME-1", "NAME-2" of MOST tests at most.
 
-    Those that must be alone are "alone-1" and so on.
+    Those of `APART` are "large-1", "alone-1" and so on.
     """
     found: dict[str, list[str]] = {}
     for test in tests:
-        name = "alone" if ALONE.search(test) else op_of(test, ops) or Path(test.partition("::")[0]).stem
+        own = [name for name, (tests_of, _) in APART.items() if tests_of.search(test)]
+        name = own[0] if own else op_of(test, ops) or Path(test.partition("::")[0]).stem
         found.setdefault(name, []).append(test)
     return {
         f"{name}-{i // MOST + 1}": own[i : i + MOST] for name, own in found.items() for i in range(0, len(own), MOST)
     }
+
+
+def kind_of(shard: str) -> str:
+    """The name of a shard without its number."""
+    return shard.rpartition("-")[0]
 
 
 def collected() -> list[str]:
@@ -75,16 +83,33 @@ def collected() -> list[str]:
     return tests
 
 
-def heard(report: Path) -> dict[str, str]:
-    """Outcomes of the tests in a file of pytest's --junitxml: "passed", or what went wrong."""
+def heard(report: Path, log: Path, tests: Sequence[str]) -> dict[str, str]:
+    """Outcomes of tests: "passed", or what went wrong.
+
+    Args:
+        report: of pytest's --junitxml, which is written at the end.
+        log: what pytest said; of a process that was cut off it is all there is.
+        tests: that it was to run.
+    """
     if not report.exists():
-        return {}
+        return from_log(log.read_text(errors="replace"), tests) if log.exists() else {}
     outcomes = {}
     for case in ElementTree.parse(report).iter("testcase"):
         bad = [child for child in case if child.tag in ("failure", "error", "skipped")]
-        said = f"{bad[0].tag}: {bad[0].get('message', '')[:200]}" if bad else "passed"
-        outcomes[f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"] = said
+        word = f"{bad[0].tag}: {bad[0].get('message', '')[:200]}" if bad else "passed"
+        outcomes[f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"] = word
     return outcomes
+
+
+def from_log(text: str, tests: Sequence[str]) -> dict[str, str]:
+    """Outcomes of tests in what `pytest -v` said before it ended too early; nothing of tests that had not begun."""
+    words = {"PASSED": "passed", "FAILED": "failure", "ERROR": "error", "SKIPPED": "skipped"}
+    found = {}
+    for test in tests:
+        _, begun, rest = text.partition(f"{test} ")
+        if begun:
+            found[test] = words.get(rest.split(maxsplit=1)[0] if rest.strip() else "", "it was running at the end")
+    return found
 
 
 def run(
@@ -92,21 +117,24 @@ def run(
 ) -> Result:
     """Run tests, perhaps under a tool of compute-sanitizer; a log for each process goes to `out`."""
     end = None if seconds is None else time.monotonic() + seconds
-    groups = sorted(shards(tests, ops).items(), key=lambda entry: -len(entry[1]))
+    # Operators first: what is timed later depends on them, and the time may be over before the end.
+    groups = sorted(shards(tests, ops).items(), key=lambda entry: (kind_of(entry[0]) not in ops, -len(entry[1])))
     out.mkdir(parents=True, exist_ok=True)
 
     def one(entry: tuple[str, list[str]]) -> tuple[str, int | None]:
         name, own = entry
         prefix = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"] if tool else []
         left = None if end is None else end - time.monotonic()
-        command = [*prefix, *PYTEST, f"--junitxml={out / name}.xml", *own]
+        command = [*prefix, *PYTEST, "-vv", f"--junitxml={out / name}.xml", *own]
         return name, None if left is not None and left < 5 else limited(command, out / f"{name}.log", left)
 
-    alone = [entry for entry in groups if entry[0].startswith("alone-")]
     with ThreadPoolExecutor(jobs) as pool:
-        statuses = dict(pool.map(one, [entry for entry in groups if entry not in alone]))
-    statuses |= dict(map(one, alone))
-    return judged(dict(groups), ops, statuses, lambda name: heard(out / f"{name}.xml"))
+        statuses = dict(pool.map(one, [entry for entry in groups if kind_of(entry[0]) not in APART]))
+    for kind, (_, most) in APART.items():
+        with ThreadPoolExecutor(min(most, jobs)) as pool:
+            statuses |= dict(pool.map(one, [entry for entry in groups if kind_of(entry[0]) == kind]))
+    given = dict(groups)
+    return judged(given, ops, statuses, lambda name: heard(out / f"{name}.xml", out / f"{name}.log", given[name]))
 
 
 def judged(
@@ -115,11 +143,18 @@ def judged(
     statuses: dict[str, int | None],
     outcomes_of: Callable[[str], dict[str, str]],
 ) -> Result:
-    """One result of all processes; None is the status of one that was cut off or never began."""
+    """One result of all processes; None is the status of one that was cut off or never began.
+
+    Args:
+        groups: the tests of each.
+        ops: all operators.
+        statuses: exit statuses.
+        outcomes_of: what was heard of the tests of one.
+    """
     result = Result()
     for name, tests in groups.items():
         outcomes, status = outcomes_of(name), statuses[name]
-        nothing = "no time" if status is None else f"nothing was heard (exit status {status})"
+        nothing = NO_TIME if status is None else f"nothing was heard (exit status {status})"
         said = {test: outcomes.get(test, nothing) for test in tests}
         result.passed += sum(what == "passed" for what in said.values())
         bad = {test: what for test, what in said.items() if what != "passed"}
@@ -127,8 +162,8 @@ def judged(
             bad[name] = f"exit status {status}"
         result.bad |= bad
         result.red |= {
-            op for test, what in bad.items() if not what.startswith("skipped")
-            if (op := op_of(test, ops) or name.rpartition("-")[0]) in ops
+            op for test, what in bad.items() if not what.startswith(("skipped", NO_TIME))
+            if (op := op_of(test, ops) or kind_of(name)) in ops
         }  # fmt: skip
     return result
 

@@ -171,24 +171,51 @@ def test_many_tests_of_one_operator_are_shared_out():
     assert [*pieces["attention_mse-1"], *pieces["attention_mse-2"]] == tests
 
 
-def test_tests_that_need_the_gpu_for_themselves_run_after_all_others(tmp_path, monkeypatch):
-    tests = ["t.py::test_offsets_beyond_32_bits[normalized_lp-cuda]", "t.py::a[attention_mse]", "t.py::b"]
-    assert list(gpu_tests.shards(tests, OPS)) == ["alone-1", "attention_mse-1", "t-1"]
+def test_operators_come_first_and_what_needs_the_gpu_for_itself_last(tmp_path, monkeypatch):
+    tests = ["t.py::test_offsets_beyond_32_bits[normalized_lp-cuda]", *(f"t.py::b[{i}]" for i in range(3))]
+    tests += ["t.py::a[attention_mse]", "test_benchmarks_gpu.py::c"]
+    assert list(gpu_tests.shards(tests, OPS)) == ["large-1", "t-1", "attention_mse-1", "alone-1"]
     order = []
     monkeypatch.setattr(gpu_tests, "limited", lambda command, log, seconds: order.append(log.stem) or 1)
-    result = gpu_tests.run(tests, OPS, tmp_path, seconds=None, jobs=2)
-    assert order[-1] == "alone-1" and len(order) == 3
+    result = gpu_tests.run(tests, OPS, tmp_path, seconds=None, jobs=1)
+    assert order == ["attention_mse-1", "t-1", "large-1", "alone-1"]
     assert result.red == {"attention_mse", "normalized_lp"}
 
 
-def test_what_was_not_heard_of_is_red():
+def test_what_was_not_heard_of_is_red_if_it_began():
     groups = gpu_tests.shards(["t.py::a[attention_mse]", "t.py::a[normalized_lp]", "t.py::b"], OPS)
     statuses = {"attention_mse-1": None, "normalized_lp-1": -11, "t-1": 9}
     assert groups.keys() == statuses.keys()
     result = gpu_tests.judged(groups, OPS, statuses, lambda name: {"t.py::b": "passed"} if name == "t-1" else {})
-    assert result.red == {"attention_mse", "normalized_lp"}
+    assert result.red == {"normalized_lp"}, "nothing says that the other one is wrong"
     assert result.bad["t.py::a[attention_mse]"] == "no time" and "-11" in result.bad["t.py::a[normalized_lp]"]
     assert result.bad["t-1"] == "exit status 9", "the sanitizer's word about a process whose tests pass"
+
+
+FATAL = """
+import os, pytest
+pytestmark = pytest.mark.gpu
+
+@pytest.mark.parametrize("case", ["attention_map of one", "diversity_loss as published", "normalized_lp: p = 1"])
+def test_equals(case):
+    if case.startswith("diversity"):
+        os._exit(3)
+"""
+
+
+def test_of_a_process_that_ends_too_early_what_it_said_counts(tmp_path, monkeypatch):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_some.py").write_text(FATAL)
+    (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\naddopts = "-ra"\nmarkers = ["gpu: x"]\n')
+    monkeypatch.setattr(gpu_tests, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_tests, "shards", lambda tests, ops: {"test_some-1": list(tests)})
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    tests = gpu_tests.collected()
+    assert len(tests) == 3
+    result = gpu_tests.run(tests, OPS, tmp_path / "out", seconds=None, jobs=1)
+    assert result.passed == 1 and result.red == {"diversity_target", "normalized_lp"}
+    reasons = [result.bad[test] for test in tests[1:]]
+    assert reasons == ["it was running at the end", "nothing was heard (exit status 3)"]
 
 
 @pytest.mark.parametrize(
