@@ -171,10 +171,12 @@ def judged(
 def limited(command: Sequence[str], log: Path, seconds: float | None) -> int | None:
     """Exit status of a command, its output in a file; None if the time was over: then all that it started is ended."""
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # the checkout need not be installed
+    # Triton's own folder; named, because torch.compile would take another one for all kernels of its processes.
+    caches = {"TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR") or str(Path.home() / ".triton" / "cache")}
     with log.open("w") as file:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(path)},
+            env={**os.environ, **caches, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(path)},
         )  # fmt: skip
         try:
             return process.wait(seconds)
