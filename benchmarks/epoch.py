@@ -10,7 +10,7 @@ from benchmarks.cases import Case, cases, stem
 from benchmarks.programs import Start, Step, engine_step
 from benchmarks.report import Report, Value, environment
 from benchmarks.selection import Form, Program
-from benchmarks.step import CALLS_PER_TURN, busy, described, prepared, release
+from benchmarks.step import CALLS_PER_TURN, busy, complain, described, prepared, release
 from benchmarks.timing import Timing, measure_in_turn
 from fastfuse.config import TrainConfig
 from fastfuse.data import Dataset, Split, TrainingBatches
@@ -66,6 +66,7 @@ def run(options: argparse.Namespace) -> Iterator[Report]:
         _measure(case, made, images, report, prefix, options.repeats)
         release(made)
         yield report
+    complain(report)
 
 
 def synthetic(images: int, case: Case) -> Dataset:

@@ -9,7 +9,7 @@ from benchmarks.cases import Case, cases, stem
 from benchmarks.programs import Prepared
 from benchmarks.report import Report, environment
 from benchmarks.selection import Program
-from benchmarks.step import busy, counts, described, prepared, release, timed
+from benchmarks.step import busy, complain, counts, described, prepared, release, timed
 from fastfuse.train.build import pick_device
 from fastfuse.train.modes import pick_amp
 
@@ -57,6 +57,7 @@ def run(options: argparse.Namespace) -> Iterator[Report]:
         }
         _measure(own, made, report, f"{model} " if len(models) > 1 else "", options.repeats)
         yield report
+    complain(report)
 
 
 def _size(case: Case) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from fastfuse.train.step import AMP_DTYPES
 
 WARMUP_CALLS = {"cpu": 1, "cuda": 10}
 CALLS_PER_TURN = {"cpu": 1, "cuda": 20}
+FAILED = "left out, for it failed: "
 TOO_MUCH = (
     "the GPU's memory does not hold it; lower --batch-size, or name fewer --providers, --modes and --strategies at once"
 )
@@ -57,7 +58,7 @@ def run(options: argparse.Namespace) -> Iterator[Report]:
     Raises:
         InputError: an unknown name, a device, mode or strategy that is not here, or more than --quick can measure.
         NonFiniteLossError: a program diverged, so that its times mean nothing.
-        AssertionError: a program does not compute the published losses; it is not measured then.
+        AssertionError: after all others, names the programs that failed or do not compute the published losses.
     """
     if options.methods not in (None, ["ffsd"]):
         from benchmarks import methods_step  # which imports this module
@@ -79,6 +80,17 @@ def run(options: argparse.Namespace) -> Iterator[Report]:
         made = prepared(case, programs, report.warnings, asked=options.strategies is not None)
         _measure(case, made, labels, report, prefix, rates, options.repeats)
         yield report
+    complain(report)
+
+
+def complain(report: Report) -> None:
+    """Once all else is measured and saved, an error for what failed.
+
+    Raises:
+        AssertionError: see there.
+    """
+    if failed := [warning for warning in report.warnings if FAILED in warning]:
+        raise AssertionError("; ".join(failed))
 
 
 def chosen(options: argparse.Namespace, device: torch.device) -> tuple[list[Program], list[str]]:
@@ -130,10 +142,12 @@ def prepared(case: Case, programs: Sequence[Program], warnings: list[str], *, as
     """All programs of a case, ready to be timed; one line on the standard error for each.
 
     Networks that cannot be stacked are an error if the strategies were `asked` for, otherwise a warning; so is a
-    program that finds the GPU's memory full, unless it is the last one left.
+    program that finds the GPU's memory full, unless it is the last one left. One that fails, or computes other losses,
+    is left out, and `complain` is to say so at the end.
 
     Raises:
         InputError: see above.
+        AssertionError: all have failed.
     """
     start = Start(case)
     made = {}
@@ -149,6 +163,9 @@ def prepared(case: Case, programs: Sequence[Program], warnings: list[str], *, as
         except torch.OutOfMemoryError:
             warnings.append(f"{case.name} {program} left out: {TOO_MUCH}")
             full = True
+        except Exception as error:  # of a dozen programs one must not cost the others
+            warnings.append(f"{case.name} {program} {FAILED}{type(error).__name__}: {str(error)[:300]}")
+            full = True
         if full:  # outside the handler, which keeps what the program had made
             gc.collect()
             torch.cuda.empty_cache()
@@ -156,6 +173,8 @@ def prepared(case: Case, programs: Sequence[Program], warnings: list[str], *, as
         name = Program(program.kind, one.form)
         print(f"{case.name}: {name} is ready after {one.ready_s:.0f} s", file=sys.stderr, flush=True)
     if not made:
+        if any(FAILED in warning for warning in warnings):
+            raise AssertionError("; ".join(warnings))
         raise InputError(f"{case.name}: {TOO_MUCH}")
     return made
 

@@ -264,6 +264,25 @@ def test_a_full_memory_costs_the_program_that_finds_it_full(monkeypatch, capsys)
     capsys.readouterr()
 
 
+def test_a_program_that_fails_costs_the_others_nothing(tmp_path, monkeypatch, capsys):
+    original = programs.prepare
+
+    def refuse(program, case, start):
+        if program.kind == "networks-only":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return original(program, case, start)
+
+    monkeypatch.setattr(step, "prepare", refuse)
+    arguments = ["--suite", "step", *SMALL, "--strategies", "loop", "--providers", "published,networks-only,fastfuse"]
+    with pytest.raises(AssertionError, match=r"networks-only eager/loop left out, for it failed: .* not permitted"):
+        run.main([*arguments, "--out", str(tmp_path)])
+    (saved,) = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+    assert [row["provider"] for row in saved["rows"]] == ["published", "fastfuse eager/loop"]
+    assert "not permitted" in capsys.readouterr().err
+    with pytest.raises(AssertionError, match="not permitted"):
+        step.prepared(CASE, [Program("networks-only", LOOP)], [], asked=True)
+
+
 def test_batches_and_networks_are_those_of_the_case():
     case = Case("resnet8", 2, 6, "off", torch.device("cpu"), image_size=16, classes=7)
     start = Start(case)
