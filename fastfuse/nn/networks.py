@@ -13,6 +13,7 @@ from fastfuse.errors import InputError
 from fastfuse.functional import in_step
 from fastfuse.nn._in_step import graph_of, walk
 from fastfuse.nn.casts import cast_together, layers_of
+from fastfuse.nn.counts import counted_together, norms_of
 from fastfuse.nn.stacked import stack, unstack
 from fastfuse.nn.strategy import resolve_strategy
 
@@ -35,6 +36,7 @@ class Networks(nn.Module):
 
     stacked: Any  # a `Stacked`, where the strategy is grouped
     _cast: list[nn.Module] | None = None
+    _counting: list[nn.Module] | None = None
     _graphs: list[fx.Graph | None] | None = None
 
     def __init__(self, networks: Iterable[nn.Module]) -> None:
@@ -66,11 +68,12 @@ class Networks(nn.Module):
     def _members_outputs(self, images: Sequence[Tensor]) -> list[Any]:
         each = self._count // self.replicas
         calls = [(network, images[i // each]) for i, network in enumerate(self)]
-        if self.strategy == "branches":
-            return _in_branches(calls, images[0].device)
-        if self._graphs is not None and self.training:
-            return in_step(walk(*call, graph) for call, graph in zip(calls, self._graphs, strict=True))
-        return [network(batch) for network, batch in calls]
+        with counted_together(self.counting_norms):
+            if self.strategy == "branches":
+                return _in_branches(calls, images[0].device)
+            if self._graphs is not None and self.training:
+                return in_step(walk(*call, graph) for call, graph in zip(calls, self._graphs, strict=True))
+            return [network(batch) for network, batch in calls]
 
     def arrange(self, strategy: str, *, replicas: int = 1) -> str:
         """Change in place how the networks are run; parameters are others afterwards, without gradients.
@@ -105,7 +108,8 @@ class Networks(nn.Module):
         elif grouped:
             self._modules.clear()
             self._set_members(members)
-        self.strategy, self.replicas, self._cast = chosen, replicas, None
+        self.strategy, self.replicas = chosen, replicas
+        self._cast = self._counting = None
         return chosen
 
     @classmethod
@@ -178,6 +182,12 @@ class Networks(nn.Module):
         if self._cast is None:
             self._cast = layers_of([self.stacked] if self.strategy == "grouped" else list(self))
         return self._cast
+
+    def counting_norms(self) -> list[nn.Module]:
+        """The norms of members whose batches are counted together; looked for once, at the first call."""
+        if self._counting is None:
+            self._counting = norms_of(self)
+        return self._counting
 
     def __len__(self) -> int:
         return self._count
