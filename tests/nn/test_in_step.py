@@ -12,6 +12,7 @@ from fastfuse.models.cifar_resnet import CifarResNet
 from fastfuse.nn import Networks
 from fastfuse.nn.sync_norm import synchronise
 from fastfuse.nn.transforms import DeepToShallow, transform_all
+from tests.nn.test_casts import Counted
 
 
 @pytest.fixture
@@ -55,7 +56,9 @@ def test_values_gradients_and_statistics_are_those_of_each_alone(exchanges, froz
         networks[0].layer1[0].bn1.eval()
     truth = found(copy.deepcopy(networks), images)
     synchronise(networks)
-    agree(found(networks, images), truth)
+    with Counted() as seen:
+        agree(found(networks, images), truth)
+    assert seen.calls["_foreach_add_"] == 1  # which counts the batch
     # The longer network's 15 norms take the shorter one's along, forward and backward.
     assert len(exchanges) == 30
     channels = sum(m.num_features for m in networks.modules() if isinstance(m, nn.BatchNorm2d) and m.training)

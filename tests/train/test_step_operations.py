@@ -44,8 +44,8 @@ def kernels(monkeypatch):
     monkeypatch.setattr(_dispatch, "_process_default", "triton")
 
 
-def operations(students, amp):
-    engine = make("ffsd", strategy="grouped", students=students, amp=amp)
+def operations(students, amp, strategy="grouped"):
+    engine = make("ffsd", strategy=strategy, students=students, amp=amp)
     engine.start_epoch(seed=0, epoch=3, step=0, factors=[1.0] * 3)
     engine.run(0)
     with Others() as seen:
@@ -59,3 +59,10 @@ def test_few_operations_remain_and_no_more_for_more_students(amp, kernels):
     assert two == four
     assert sum(two.values()) <= LIMITS[amp], two
     assert two["select_backward"] == 0 and two["_foreach_copy_"] == (2 if amp == "bf16" else 0)
+
+
+def test_networks_in_a_loop_count_their_batches_in_one_operation(kernels):
+    two, four, stacked = operations(2, "off", "loop"), operations(4, "off", "loop"), operations(2, "off")
+    assert four["native_batch_norm"] > two["native_batch_norm"] > 20
+    for name in ("add_", "_foreach_add_"):  # what a counter's own launch is, and what serves for all
+        assert two[name] == four[name] == stacked[name], name
