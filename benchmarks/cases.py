@@ -1,7 +1,7 @@
 """What is trained in a measurement: networks, how many, and the shape of their batches."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -83,8 +83,13 @@ def cases(options: argparse.Namespace, models: Sequence[str], amp: str, device: 
 
 def batches(cases: Sequence[Case]) -> dict[str, Value]:
     """Sizes of batches and images for the settings of a report, with "+" between those of different models."""
-    found = {key: list(dict.fromkeys(case.described[key] for case in cases)) for key in ("batch_size", "image_size")}
-    return {key: values[0] if len(values) == 1 else "+".join(map(str, values)) for key, values in found.items()}
+    return {key: joined(case.described[key] for case in cases) for key in ("batch_size", "image_size")}
+
+
+def joined(values: Iterable[Value]) -> Value:
+    """One value, or different ones with "+" between them."""
+    different = list(dict.fromkeys(values))
+    return different[0] if len(different) == 1 else "+".join(map(str, different))
 
 
 def stem(suite: str, cases: Sequence[Case], part: str | None = None) -> str:

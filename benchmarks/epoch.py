@@ -5,23 +5,20 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks import figures, selection
-from benchmarks.cases import Case, cases, stem
+from benchmarks import epoch_data, figures, selection
+from benchmarks.cases import Case, cases, joined, stem
 from benchmarks.programs import Start, Step, engine_step
 from benchmarks.report import Report, Value, environment
 from benchmarks.selection import Form, Program
-from benchmarks.step import CALLS_PER_TURN, busy, complain, described, prepared, release
+from benchmarks.step import CALLS_PER_TURN, busy, complain, described, full_memory_explained, prepared, release
 from benchmarks.timing import Timing, measure_in_turn
 from fastfuse.config import TrainConfig
-from fastfuse.data import Dataset, Split, TrainingBatches
+from fastfuse.data import Dataset, training_batches
 from fastfuse.train.build import pick_device
 from fastfuse.train.engine import Engine
 from fastfuse.train.modes import pick_amp
 from fastfuse.train.terms import TermLog
 
-# CIFAR's training set on a GPU; on a CPU, where an epoch takes minutes, this many batches.
-IMAGES = 50_000
-CPU_BATCHES = 8
 COLUMNS = {
     "model": "model",
     "students": "S",
@@ -47,41 +44,32 @@ def run(options: argparse.Namespace) -> Iterator[Report]:
     modes = options.modes or (["eager"] if options.quick else None)
     asked = options.strategies is not None
     forms, warnings = selection.available_forms(modes, options.strategies, device)
-    models, missing = selection.models(options.model, "epoch", device)
+    models, missing = selection.models(options.model, device)
     every = cases(options, models, pick_amp(options.amp, device), device)
-    # One family of networks: all read the same images in the same batches.
-    images = options.images or (IMAGES if device.type == "cuda" else CPU_BATCHES * every[0].batch_size)
-    settings: dict[str, Value] = {**described(options, "epoch", every), "images": images}
+    numbers = {case.model: options.images or epoch_data.count(case) for case in every}
+    settings: dict[str, Value] = {**described(options, "epoch", every), "images": joined(numbers.values())}
     name = stem("epoch", every)
     report = Report(name, settings, environment(device), COLUMNS, [], {}, {}, [*missing, *warnings, *busy()])
-    dataset = synthetic(images, every[0]).to(device)
     for case in every:
         prefix = f"{case.name} " if len(every) > 1 else ""
-        start = Start(case)
+        images, start = numbers[case.model], Start(case)
+        dataset = epoch_data.synthetic(images, case)
         steps = prepared(case, [Program("fastfuse", form) for form in forms], report.warnings, asked=asked)
-        made = {
-            program.form: (_epoch(program.form, case, start, dataset), _several(one.step, device))
-            for program, one in steps.items()
-        }
-        _measure(case, made, images, report, prefix, options.repeats)
+        with full_memory_explained(2 * len(steps)):
+            made = {
+                program.form: (_epoch(program.form, case, start, dataset), _several(one.step, device))
+                for program, one in steps.items()
+            }
+            _measure(case, made, images, report, prefix, options.repeats)
         release(made)
         yield report
     complain(report)
 
 
-def synthetic(images: int, case: Case) -> Dataset:
-    """Random pixels and labels in the shapes of a case, augmented as CIFAR is."""
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (images, case.image_size, case.image_size, 3), generator=generator, dtype=torch.uint8)
-    split = Split(pixels, torch.randint(case.classes, (images,), generator=generator))
-    names = tuple(map(str, range(case.classes)))
-    return Dataset("synthetic", split, split, None, names, torch.full((3,), 0.5), torch.full((3,), 0.29), 4, True)
-
-
 def _epoch(form: Form, case: Case, start: Start, dataset: Dataset) -> Callable[[], None]:
     """One epoch as `fastfuse train` runs it, without evaluation: order, rates, steps, terms, and reading them."""
     step, _ = engine_step("fastfuse", form, case, start)
-    batches = TrainingBatches(dataset, batch_size=case.batch_size, memory_format=step.memory_format)
+    batches = training_batches(dataset, batch_size=case.batch_size, memory_format=step.memory_format)
     terms = TermLog(TrainConfig().log_interval, case.device)
     engine = Engine(step, batches, terms, graphed=form.graphed)
     epoch = 0
@@ -121,6 +109,6 @@ def _measure(case: Case, made: dict, images: int, report: Report, prefix: str, r
             images=images,
             batch_size=case.batch_size,
         )
-        report.rows.append({**case.described, "provider": provider, **row})
+        report.rows.append({**case.described, "provider": provider, "images": images, **row})
         report.samples_ms[f"{prefix}{provider} epoch"] = timings[form, "epoch"].samples_ms
         report.ratios[f"{prefix}{provider} epoch/steps"] = row["overhead"]

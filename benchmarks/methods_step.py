@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> Iterator[Report]:
     forms, warnings = selection.available_forms(modes, options.strategies or ["loop"], device)
     if options.strategies is None:
         forms = [Form(form.mode, "auto") for form in forms]
-    models, missing = selection.models(options.model, "step", device)
+    models, missing = selection.models(options.model, device)
     every = cases(options, models, pick_amp(options.amp, device), device)
     settings = described(options, "step", every) | {"teacher_model": options.teacher_model or "as model"}
     name = stem("step", every, "methods")

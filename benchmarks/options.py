@@ -55,7 +55,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add(
         "--images",
         type=int,
-        help="of an epoch (50,000; on a CPU eight batches); methods: of each class for training; data: files",
+        help="of an epoch (50,000, ImageNet 5,120; on a CPU 8 and 2 batches); methods: of each class; data: files",
     )
     add("--methods", type=_names, help="of the suites step and methods: names, or all (ffsd; methods: all)")
     add("--teacher-model", help="of the suites step and methods: network of the frozen teachers (--model)")

@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> Iterator[Report]:
     modes = options.modes or (["eager"] if options.quick else None)
     asked = options.strategies is not None
     programs, warnings = selection.programs(kinds, modes, options.strategies, device)
-    models, missing = selection.models(options.model, "scaling", device)
+    models, missing = selection.models(options.model, device)
     every = cases(options, models, pick_amp(options.amp, device), device)
     settings, name = described(options, "scaling", every), stem("scaling", every)
     report = Report(name, settings, environment(device), COLUMNS, [], {}, {}, [*missing, *warnings, *busy()])

@@ -114,25 +114,15 @@ def best_form(modes: Sequence[str] | None, strategies: Sequence[str] | None, dev
     return form if strategies else Form(form.mode, "auto")
 
 
-def models(names: Sequence[str], suite: str, device: torch.device) -> tuple[list[str], list[str]]:
-    """The networks to measure, and a line for those of the grid that are left out; "all" is the grid.
-
-    Raises:
-        InputError: one asked for by name that the suite cannot measure.
-    """
-    reason = None
-    if suite == "epoch":
-        reason = "this suite augments its images as CIFAR's are, and ImageNet's are cropped and resized"
-    elif device.type == "cpu":
-        reason = "slow on a CPU; name them, perhaps with --image-size 128, to see them there"
+def models(names: Sequence[str], device: torch.device) -> tuple[list[str], list[str]]:
+    """The networks to measure, and a line for those of the grid that are left out; "all" is the grid."""
     asked = [name for name in names if name != "all"]
-    if suite == "epoch" and (wrong := set(asked) & set(IMAGENET)):
-        raise InputError(f"--model {', '.join(sorted(wrong))} cannot be measured by --suite epoch: {reason}")
     if "all" not in names:
         return asked, []
-    kept = [name for name in GRID if name in asked or not (reason and name in IMAGENET)]
+    kept = [name for name in GRID if name in asked or not (device.type == "cpu" and name in IMAGENET)]
     missing = [name for name in GRID if name not in kept]
     others = [name for name in asked if name not in GRID]
+    reason = "slow on a CPU; name them, perhaps with --image-size 128, to see them there"
     return [*kept, *others], [f"{', '.join(missing)} left out: {reason}"] if missing else []
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -67,7 +68,7 @@ def run(options: argparse.Namespace) -> Iterator[Report]:
         return
     device = pick_device(options.device)
     programs, warnings = chosen(options, device)
-    models, missing = selection.models(options.model, "step", device)
+    models, missing = selection.models(options.model, device)
     amp = pick_amp(options.amp, device)
     chosen_cases = cases(options, models, amp, device)
     rates = measured_rates(device, amp, options.repeats)
@@ -187,10 +188,17 @@ def timed(steps: Mapping[object, Prepared], device: torch.device, repeats: int) 
     """
     calls = {key: one.step for key, one in steps.items()}
     settings = {"calls": CALLS_PER_TURN[device.type], "warmup": WARMUP_CALLS[device.type], "device": device}
-    try:
+    with full_memory_explained(len(steps)):
         return measure_in_turn(calls, repeats=repeats, **settings)
+
+
+@contextmanager
+def full_memory_explained(programs: int) -> Iterator[None]:
+    """A block in which so many programs share the GPU's memory; where it is full an InputError says what to lower."""
+    try:
+        yield
     except torch.OutOfMemoryError as error:
-        raise InputError(f"{len(steps)} programs at once: {TOO_MUCH}") from error
+        raise InputError(f"{programs} programs at once: {TOO_MUCH}") from error
 
 
 def counts(program: Program, one: Prepared, device: torch.device) -> dict[str, Value]:

@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> Iterator[Report]:
     modes = options.modes or (["eager", "graphed"] if device.type == "cuda" and not options.quick else ["eager"])
     asked = [name for name in options.strategies or STRATEGIES if name in STRATEGIES]
     forms, warnings = selection.available_forms(modes, asked or STRATEGIES, device)
-    chosen, missing = selection.models(options.model, "teachers", device)
+    chosen, missing = selection.models(options.model, device)
     amp = pick_amp(options.amp, device)
     every = cases(options, chosen, amp, device)
     settings = {

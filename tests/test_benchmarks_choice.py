@@ -1,11 +1,12 @@
 """What the benchmarks measure and refuse; nothing is trained here."""
 
 import builtins
+import dataclasses
 
 import pytest
 import torch
 
-from benchmarks import cases, options, run, selection
+from benchmarks import cases, epoch_data, options, run, selection
 from benchmarks.selection import Form, Program
 from fastfuse import models
 from fastfuse.errors import InputError
@@ -105,24 +106,23 @@ SMALL_IMAGES = ["resnet20", "resnet32", "resnet56", "wrn16_2"]
 
 
 def test_the_grid_is_small_and_large_images_and_the_large_ones_need_a_gpu():
-    assert selection.models(["all"], "step", CUDA) == ([*SMALL_IMAGES, "resnet18", "resnet34"], [])
+    assert selection.models(["all"], CUDA) == ([*SMALL_IMAGES, "resnet18", "resnet34"], [])
     assert set(selection.GRID) <= set(models.NAMES)
-    grid, left_out = selection.models(["all"], "scaling", CPU)
+    grid, left_out = selection.models(["all"], CPU)
     assert grid == SMALL_IMAGES and len(left_out) == 1
     assert left_out[0].startswith("resnet18, resnet34 left out: ") and "--image-size" in left_out[0]
     # What is named is measured, beside the grid or alone.
-    assert selection.models(["resnet8"], "step", CPU) == (["resnet8"], [])
-    assert selection.models(["resnet18"], "step", CPU) == (["resnet18"], [])
-    grid, left_out = selection.models(["resnet34", "all", "resnet8"], "step", CPU)
+    assert selection.models(["resnet8"], CPU) == (["resnet8"], [])
+    assert selection.models(["resnet18"], CPU) == (["resnet18"], [])
+    grid, left_out = selection.models(["resnet34", "all", "resnet8"], CPU)
     assert grid == [*SMALL_IMAGES, "resnet34", "resnet8"] and left_out[0].startswith("resnet18 left out")
 
 
-def test_an_epoch_of_imagenet_is_refused_or_left_out():
-    for device in (CPU, CUDA):
-        grid, left_out = selection.models(["all"], "epoch", device)
-        assert grid == SMALL_IMAGES and "resnet18, resnet34 left out: this suite augments" in left_out[0]
-    with pytest.raises(InputError, match="--model resnet34 cannot be measured by --suite epoch"):
-        selection.models(["resnet34", "resnet20"], "epoch", CUDA)
+def test_an_epoch_has_images_of_the_networks_data():
+    case = cases.Case("resnet18", 2, 256, "bf16", CUDA)
+    assert epoch_data.count(case) == 5120 and epoch_data.count(dataclasses.replace(case, model="wrn16_2")) == 50_000
+    host = dataclasses.replace(case, device=CPU, batch_size=4)
+    assert epoch_data.count(host) == 8 and epoch_data.count(dataclasses.replace(host, model="resnet8")) == 32
 
 
 def made(*arguments, models=("resnet32",), device=CUDA):

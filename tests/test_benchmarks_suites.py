@@ -10,7 +10,7 @@ import re
 import pytest
 import torch
 
-from benchmarks import epoch, programs, run, scaling, step, teachers
+from benchmarks import epoch, epoch_data, programs, run, scaling, step, teachers
 from benchmarks.programs import Case, Start
 from benchmarks.selection import Form, Program
 from fastfuse.errors import InputError
@@ -87,6 +87,31 @@ def test_an_epoch_is_every_image_once(tmp_path, capsys, monkeypatch):
     assert row["steps_s"] == pytest.approx(row["step_ms"] * 2.5e-3)
     assert row["overhead"] == pytest.approx(row["epoch_s"] / row["steps_s"])
     assert "ratio fastfuse eager/loop epoch/steps: " in capsys.readouterr().out
+
+
+def test_an_epoch_of_imagenet_is_of_crops_that_lie_on_the_device(monkeypatch):
+    monkeypatch.setattr(epoch_data, "IMAGENET", ("resnet8",))  # a small network in the place of theirs
+    seen = []
+    original = programs.TrainStep.__call__
+
+    def call(self, images, labels, *others):
+        seen.append((images.clone(), labels.clone()))
+        return original(self, images, labels, *others)
+
+    monkeypatch.setattr(programs.TrainStep, "__call__", call)
+    case = Case("resnet8", 2, 4, "off", torch.device("cpu"), image_size=16, classes=7)
+    data = epoch_data.synthetic(10, case)
+    run_epoch = epoch._epoch(LOOP, case, Start(case), data)
+    for _ in range(2):
+        run_epoch()
+    assert [len(labels) for _, labels in seen] == [4, 4, 2] * 2
+    # In ImageNet's statistics and nothing else: no crop, no mirror, every image once.
+    mean, std = (torch.tensor(x)[:, None, None] for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    normalised = (data.train.source.images.permute(0, 3, 1, 2) / 255 - mean) / std
+    for shown in (seen[:3], seen[3:]):
+        images, labels = (torch.cat(parts) for parts in zip(*shown, strict=True))
+        torch.testing.assert_close(images, normalised, rtol=1e-5, atol=1e-5)
+        assert torch.equal(labels, data.train.source.labels)
 
 
 def test_scaling_is_measured_in_turn_over_the_students(tmp_path, capsys, monkeypatch):
@@ -261,6 +286,10 @@ def test_a_full_memory_costs_the_program_that_finds_it_full(monkeypatch, capsys)
     monkeypatch.setattr(step, "measure_in_turn", turn)
     with pytest.raises(InputError, match="2 programs at once: the GPU's memory"):
         step.timed(made, CASE.device, 1)
+    full = []
+    monkeypatch.setattr(epoch, "_epoch", turn)
+    assert run.main(["--suite", "epoch", *SMALL, "--strategies", "loop"]) == 2
+    assert "2 programs at once: the GPU's memory" in capsys.readouterr().err
     capsys.readouterr()
 
 
@@ -289,7 +318,7 @@ def test_batches_and_networks_are_those_of_the_case():
     assert start.images.shape == (6, 3, 16, 16) and start.labels.max() < 7
     method = programs.engine_step("fastfuse", LOOP, case, start)[0].method
     assert method.predict(start.images)["leader"].shape == (6, 7)
-    data = epoch.synthetic(5, case)
+    data = epoch_data.synthetic(5, case)
     assert data.train.images.shape == (5, 16, 16, 3) and len(data.class_names) == 7
 
 
