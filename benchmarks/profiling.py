@@ -17,11 +17,11 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks import trace_parts as parts
 from benchmarks.cases import Case
-from benchmarks.epoch import synthetic
+from benchmarks.epoch_data import synthetic
 from benchmarks.programs import Start, engine_step
 from benchmarks.selection import Form
 from fastfuse.config import TrainConfig
-from fastfuse.data import TrainingBatches
+from fastfuse.data import training_batches
 from fastfuse.train.engine import Engine
 from fastfuse.train.terms import TermLog
 
@@ -32,8 +32,8 @@ def made(case: Case, strategy: str, *, graphed: bool, batches: int = BATCHES) ->
     """An engine on random images, and what makes it stand before its first step."""
     form = Form("graphed" if graphed else "eager", strategy)
     step, _ = engine_step("fastfuse", form, case, Start(case))
-    dataset = synthetic(batches * case.batch_size, case).to(case.device)
-    drawn = TrainingBatches(dataset, batch_size=case.batch_size, memory_format=step.memory_format)
+    dataset = synthetic(batches * case.batch_size, case)
+    drawn = training_batches(dataset, batch_size=case.batch_size, memory_format=step.memory_format)
     engine = Engine(step, drawn, TermLog(TrainConfig().log_interval, case.device), graphed=graphed)
 
     def start() -> None:
@@ -72,6 +72,7 @@ def marked(engine: Engine, counter: Counter | None = None) -> Iterator[None]:
     """The phases of an eager step, as ranges of the profiler and for a counter."""
     method = engine.step.method
     places = (
+        (engine.batches, "fetch", parts.DRAW),
         (engine.batches, "draw", parts.DRAW),
         (method, "outputs", parts.NETWORKS),
         (method, "losses", parts.LOSSES),
