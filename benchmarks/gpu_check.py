@@ -27,9 +27,10 @@ from typing import IO, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import gpu_tests
+from benchmarks.command import one_line_on_error
 from benchmarks.gpu_parts import CHECK, NAMES, PARTS, TIMES_OPERATORS, Part, allotted
 from benchmarks.gpu_summary import summary
-from fastfuse.errors import FastfuseError, InputError, unknown_name
+from fastfuse.errors import InputError, unknown_name
 from fastfuse.train.files import write_atomic
 
 ARCHIVE, STATE, SUMMARY = "results.tar.gz", "state.json", "summary.txt"
@@ -204,6 +205,7 @@ def surroundings() -> tuple[dict[str, Any], list[str], dict[str, str]]:
     return environment(torch.device("cuda", torch.cuda.current_device())), ops, launches
 
 
+@one_line_on_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts; 0 if everything was done and right."""
     began = time.monotonic()
@@ -214,23 +216,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--pack", action="store_true", help=f"leave two files there, {ARCHIVE} and {SUMMARY}")
     parser.add_argument("--after", type=Path, help="folder of an earlier call with the same commit, to go on from")
     options = parser.parse_args(arguments)
-    try:
-        parts = chosen(options.parts)
-        import torch
+    parts = chosen(options.parts)
+    import torch
 
-        if not torch.cuda.is_available():
-            raise InputError("gpu-check needs an NVIDIA GPU: torch.cuda.is_available() is False; nothing was run")
-        where, ops, launches = surroundings()
-        name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-        out = options.out or gpu_tests.ROOT / "benchmarks" / "results" / name
-        work = Path(tempfile.mkdtemp(prefix="gpu_check_")) if options.pack else out
-        end = None if options.max_time is None else began + options.max_time
-        check = Check(work, end, where, ops, launches)
-        if options.after is not None:
-            check.after(options.after)
-    except FastfuseError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not torch.cuda.is_available():
+        raise InputError("gpu-check needs an NVIDIA GPU: torch.cuda.is_available() is False; nothing was run")
+    where, ops, launches = surroundings()
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    out = options.out or gpu_tests.ROOT / "benchmarks" / "results" / name
+    work = Path(tempfile.mkdtemp(prefix="gpu_check_")) if options.pack else out
+    end = None if options.max_time is None else began + options.max_time
+    check = Check(work, end, where, ops, launches)
+    if options.after is not None:
+        check.after(options.after)
     return carry_out(check, parts, out if options.pack else None)
 
 

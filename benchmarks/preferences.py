@@ -14,7 +14,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import report
-from fastfuse.errors import FastfuseError, InputError
+from benchmarks.command import one_line_on_error
+from fastfuse.errors import InputError
 from fastfuse.kernels import _dispatch
 from fastfuse.kernels._dispatch import PREFERENCES
 from fastfuse.train.files import write_atomic
@@ -60,24 +61,21 @@ def rows(saved: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return found
 
 
+@one_line_on_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 with one line that says what to mend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path, nargs="+", help="JSON files of the suite kernels")
     parser.add_argument("--table", type=Path, default=PREFERENCES, help="the table to change")
     options = parser.parse_args(arguments)
-    try:
-        saved = [report.read(path) for path in options.report]
-        found, device = rows(saved), saved[0]["environment"]["device_key"]
-        table = json.loads(options.table.read_text())
-        table[device] = table.get(device, {}) | found
-        text = json.dumps(table, indent=2, sort_keys=True) + "\n"
-        write_atomic(options.table, lambda file: file.write(text.encode()))
-        for op, row in found.items():
-            print(f"{device}, {op}: {row['backend']}")
-    except FastfuseError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    saved = [report.read(path) for path in options.report]
+    found, device = rows(saved), saved[0]["environment"]["device_key"]
+    table = json.loads(options.table.read_text())
+    table[device] = table.get(device, {}) | found
+    text = json.dumps(table, indent=2, sort_keys=True) + "\n"
+    write_atomic(options.table, lambda file: file.write(text.encode()))
+    for op, row in found.items():
+        print(f"{device}, {op}: {row['backend']}")
     return 0
 
 

@@ -32,12 +32,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases import Case
+from benchmarks.command import one_line_on_error
 from benchmarks.counting_gpu import count_on_gpu
 from benchmarks.programs import Start, build
 from benchmarks.report import environment
 from benchmarks.roofline import measured_rates
 from benchmarks.selection import Form, Program
-from fastfuse.errors import FastfuseError, InputError
+from fastfuse.errors import InputError
 from fastfuse.train.files import write_atomic
 from fastfuse.train.graph import Captured
 
@@ -251,6 +252,7 @@ def _short(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
+@one_line_on_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 with one line that says what to mend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -262,13 +264,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.out is not None:
             write_atomic(options.out, lambda file: file.write(json.dumps(found, indent=1).encode()))
 
-    try:
-        if not torch.cuda.is_available():
-            raise InputError("the probe needs an NVIDIA GPU: torch.cuda.is_available() is False; nothing was written")
-        found = run(torch.device("cuda", torch.cuda.current_device()), options.max_time, save)
-    except FastfuseError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not torch.cuda.is_available():
+        raise InputError("the probe needs an NVIDIA GPU: torch.cuda.is_available() is False; nothing was written")
+    found = run(torch.device("cuda", torch.cuda.current_device()), options.max_time, save)
     return 1 if any("error" in own for own in found.values() if isinstance(own, dict)) else 0
 
 

@@ -25,7 +25,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from benchmarks import report
-from fastfuse.errors import FastfuseError
+from benchmarks.command import one_line_on_error
 from fastfuse.kernels import _across
 from fastfuse.methods import Method, build_method
 from fastfuse.train.distributed import Processes, pick_device, together
@@ -180,20 +180,17 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+@one_line_on_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, measure, print, save."""
     options = parser().parse_args(arguments)
-    try:
-        with together(options.device) as processes:
-            found = measure(options, processes, pick_device(options.device))
-            if processes.leads:
-                report.show(found)
-                if options.out is not None:
-                    report.prepare(options.out)
-                    print("\n".join(f"wrote {path}" for path in report.save(found, options.out)))
-    except FastfuseError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with together(options.device) as processes:
+        found = measure(options, processes, pick_device(options.device))
+        if processes.leads:
+            report.show(found)
+            if options.out is not None:
+                report.prepare(options.out)
+                print("\n".join(f"wrote {path}" for path in report.save(found, options.out)))
     return 0
 
 

@@ -25,11 +25,12 @@ import torch
 
 from benchmarks import trace_parts as parts
 from benchmarks.cases import Case, data_of
+from benchmarks.command import one_line_on_error
 from benchmarks.profiling import BATCHES, Counter, made, marked, traced
 from benchmarks.report import environment
 from benchmarks.roofline import Rates, Work, least_ms, measured_rates
 from benchmarks.timing import measure_in_turn
-from fastfuse.errors import FastfuseError, InputError
+from fastfuse.errors import InputError
 from fastfuse.train.engine import Engine
 from fastfuse.train.files import write_atomic
 from fastfuse.train.modes import pick_amp
@@ -154,6 +155,7 @@ def shown(table: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+@one_line_on_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 with one line that says what to mend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -163,18 +165,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, help="128, of ImageNet's networks 256")
     parser.add_argument("--out", type=Path, help="JSON file: table, environment, and the kernels of each part")
     options = parser.parse_args(arguments)
-    try:
-        if not torch.cuda.is_available():
-            raise InputError("a profile needs an NVIDIA GPU: torch.cuda.is_available() is False; nothing was written")
-        device = torch.device("cuda", torch.cuda.current_device())
-        data = data_of(options.model)
-        batch, amp = options.batch_size or data.batch_size["cuda"], pick_amp("auto", device)
-        shape = {"image_size": data.image_size, "classes": data.classes}
-        case = Case(options.model, options.students, batch, amp, device, **shape)
-        found = measured(case, options.strategy)
-    except FastfuseError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not torch.cuda.is_available():
+        raise InputError("a profile needs an NVIDIA GPU: torch.cuda.is_available() is False; nothing was written")
+    device = torch.device("cuda", torch.cuda.current_device())
+    data = data_of(options.model)
+    batch, amp = options.batch_size or data.batch_size["cuda"], pick_amp("auto", device)
+    shape = {"image_size": data.image_size, "classes": data.classes}
+    case = Case(options.model, options.students, batch, amp, device, **shape)
+    found = measured(case, options.strategy)
     print(f"{case.name}, batch {batch}, {amp}, strategy {options.strategy}")
     print(shown(found["rows"]))
     if options.out is not None:

@@ -14,30 +14,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # Before torch is loaded: threads that spin while they wait make a busy machine a hundred times slower (docs/LOG.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+from benchmarks.command import one_line_on_error
 from benchmarks.options import MEASURING, check, for_suite, make_parser
-from fastfuse.errors import FastfuseError
 
 if TYPE_CHECKING:
     from benchmarks.report import Report
 
 
+@one_line_on_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, measure, print, save. Exit status 0, or 2 with one line that says what to mend."""
-    try:
-        options = make_parser(__doc__).parse_args(arguments)
-        check(options)
-        # Imported late: --help and a mistyped option need no torch.
-        from benchmarks import plot, report
+    options = make_parser(__doc__).parse_args(arguments)
+    check(options)
+    # Imported late: --help and a mistyped option need no torch.
+    from benchmarks import plot, report
 
-        if options.plot is not None:
-            plot.check()
-        if options.out is not None:
-            report.prepare(options.out)
-        for suite in MEASURING if options.suite == "all" else (options.suite,):
-            _run(suite, for_suite(options, suite))
-    except FastfuseError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.plot is not None:
+        plot.check()
+    if options.out is not None:
+        report.prepare(options.out)
+    for suite in MEASURING if options.suite == "all" else (options.suite,):
+        _run(suite, for_suite(options, suite))
     return 0
 
 

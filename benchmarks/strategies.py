@@ -13,7 +13,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import report
-from fastfuse.errors import FastfuseError, InputError
+from benchmarks.command import one_line_on_error
+from fastfuse.errors import InputError
 from fastfuse.nn.strategy import TABLE, Row, architecture, write_row
 
 # The mode in which "auto" runs a step there, see `fastfuse.train.modes.pick_mode`.
@@ -53,6 +54,7 @@ def table_rows(saved: dict[str, Any], mode: str | None = None) -> list[Row]:
     ]
 
 
+@one_line_on_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 with one line that says what to mend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -60,15 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--mode", help="whose times to take (graphed on a GPU, eager on a CPU)")
     parser.add_argument("--table", type=Path, default=TABLE, help="the table to change")
     options = parser.parse_args(arguments)
-    try:
-        rows = table_rows(report.read(options.report), options.mode)
-        for row in rows:
-            write_row(row, table=options.table)
-            fastest = min(row.milliseconds, key=lambda name: row.milliseconds[name])
-            print(f"{row.device}, {row.architecture}, {row.networks} networks: {fastest}")
-    except FastfuseError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    rows = table_rows(report.read(options.report), options.mode)
+    for row in rows:
+        write_row(row, table=options.table)
+        fastest = min(row.milliseconds, key=lambda name: row.milliseconds[name])
+        print(f"{row.device}, {row.architecture}, {row.networks} networks: {fastest}")
     return 0
 
 

@@ -22,12 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch._functorch import config as functorch_config
 
+from benchmarks.command import one_line_on_error
 from benchmarks.kernels import release
 from benchmarks.launch_space import SEARCHES, Search
 from benchmarks.report import environment
 from benchmarks.shares import compile_together, part_of
 from benchmarks.tuning import several, tune
-from fastfuse.errors import FastfuseError, InputError, unknown_name
+from fastfuse.errors import InputError, unknown_name
 from fastfuse.kernels import _triton
 from fastfuse.train.files import write_atomic
 
@@ -123,29 +124,26 @@ def chosen(options: argparse.Namespace) -> None:
     options.searches = [known[name] for name in names]
 
 
+@one_line_on_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 with one line that says what to mend."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = parser().parse_args(arguments)
-    try:
-        chosen(options)
-        if not torch.cuda.is_available():
-            raise InputError("tuning needs an NVIDIA GPU: torch.cuda.is_available() is False; nothing was written")
-        device = torch.device("cuda", torch.cuda.current_device())
-        if options.compile:
-            compile_share([(s, k) for k in options.kinds for s in options.searches], options.compile, device)
-            return 0
-        like = torch.empty(1, device=device)
-        options.table = options.table or _triton.TABLES / f"{_triton.architecture(like)}.json"
-        began = time.monotonic()
-        if options.jobs > 1:
-            compile_together([sys.executable, __file__, *arguments], options.jobs, options.max_time / 3)
-        options.max_time -= time.monotonic() - began
-        for line in run(options, device):
-            print(line, flush=True)
-    except FastfuseError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    chosen(options)
+    if not torch.cuda.is_available():
+        raise InputError("tuning needs an NVIDIA GPU: torch.cuda.is_available() is False; nothing was written")
+    device = torch.device("cuda", torch.cuda.current_device())
+    if options.compile:
+        compile_share([(s, k) for k in options.kinds for s in options.searches], options.compile, device)
+        return 0
+    like = torch.empty(1, device=device)
+    options.table = options.table or _triton.TABLES / f"{_triton.architecture(like)}.json"
+    began = time.monotonic()
+    if options.jobs > 1:
+        compile_together([sys.executable, __file__, *arguments], options.jobs, options.max_time / 3)
+    options.max_time -= time.monotonic() - began
+    for line in run(options, device):
+        print(line, flush=True)
     return 0
 
 

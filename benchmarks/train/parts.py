@@ -21,7 +21,8 @@ import numpy as np
 # Run as a script, Python looks in this folder only.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from fastfuse.errors import FastfuseError, InputError
+from benchmarks.command import one_line_on_error
+from fastfuse.errors import InputError
 from fastfuse.train.files import write_atomic
 
 # A WebP image has at most 16383 rows.
@@ -164,6 +165,7 @@ def _mark_of(path: Path, *, length: int = 1) -> str | None:
     return str(mark[0]) if len(mark) == length else None
 
 
+@one_line_on_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """Split a file; exit status 0, or 2 with one line that says what to mend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -171,12 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--mib", type=float, default=48.0, help="the most that a part may have (48)")
     options = parser.parse_args(arguments)
-    try:
-        for path in split(options.source, options.folder, mib=options.mib):
-            print(f"{path} {path.stat().st_size / 2**20:.1f} MiB")
-    except FastfuseError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for path in split(options.source, options.folder, mib=options.mib):
+        print(f"{path} {path.stat().st_size / 2**20:.1f} MiB")
     return 0
 
 
