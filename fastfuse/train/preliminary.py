@@ -26,7 +26,7 @@ from fastfuse.config import TrainConfig, adapted
 from fastfuse.errors import InputError, InterruptedRun
 from fastfuse.methods import Method
 from fastfuse.train import distributed
-from fastfuse.train.teachers import load_teacher
+from fastfuse.train.teachers import load_teacher, told_model
 from fastfuse.train.weights import model_options, read_weights
 
 Train = Callable[[TrainConfig], dict[str, Any]]
@@ -72,8 +72,11 @@ def resolved(config: TrainConfig, method: type[Method]) -> TrainConfig:
             "in --teachers, or leave --teachers and --teacher-count out"
         )
     students: list[Any] = config.student_models or [config.model]
+    files = any(Path(entry).is_file() for entry in config.teachers)
+    # Run folders and networks of libraries say themselves what they are, and need not be alike.
+    needed = not config.teachers or files or method.extra_network == "teacher"
     filled: dict[str, Any] = {
-        "teacher_model": config.teacher_model or students[0],
+        "teacher_model": config.teacher_model or (students[0] if needed else None),
         "teacher_count": count,
         "teacher_epochs": config.teacher_epochs or config.epochs,
         "paraphraser_epochs": config.paraphraser_epochs or config.epochs,
@@ -174,13 +177,14 @@ class _Runs:
 
     def paraphraser(self, index: int, teacher: str) -> Path:
         """Of one teacher."""
-        own: dict[str, Any] = {"teachers": (teacher,), "teacher_model": self.config.teacher_model, "students": 1}
-        own |= {"model": self.config.teacher_model, "factor_ratio": self.config.factor_ratio, "strategy": "auto"}
+        model = self._model_of(teacher)
+        own: dict[str, Any] = {"teachers": (teacher,), "teacher_model": model, "model": model, "students": 1}
+        own |= {"factor_ratio": self.config.factor_ratio, "strategy": "auto"}
         return self._run(f"paraphrasers/{index}", "paraphraser", self.config.paraphraser_epochs, **own)
 
     def search(self, teachers: list[str]) -> Path:
         """The aggregation weights for this teacher and this student."""
-        own: dict[str, Any] = {"teachers": tuple(teachers), "teacher_model": self.config.teacher_model, **_SEARCH}
+        own: dict[str, Any] = {"teachers": tuple(teachers), "teacher_model": self._model_of(teachers[0]), **_SEARCH}
         own |= {"students": 1, "strategy": "auto"}  # it has no networks side by side
         return self._run("search", "dfa-search", self.config.search_epochs, **own)
 
@@ -189,10 +193,13 @@ class _Runs:
         config = self.config
         assert config.feed_stages is not None  # as it is resolved
         for stage in range(1, config.feed_stages):
-            own: dict[str, Any] = {"teachers": (teacher,), "feed_stages": 1}
+            own: dict[str, Any] = {"teachers": (teacher,), "teacher_model": self._model_of(teacher), "feed_stages": 1}
             own["seed"] = config.seed + _TEACHER_SEED + stage
             teacher = str(self._run(f"stages/stage{stage}", config.method, config.epochs, **own))
         return teacher
+
+    def _model_of(self, teacher: str) -> str | None:
+        return told_model(teacher) or self.config.teacher_model
 
     def _run(self, name: str, method: str, epochs: int | None, **own: Any) -> Path:
         path, processes = self.folder / name, distributed.current()

@@ -52,16 +52,19 @@ def check_teacher_model(config: TrainConfig) -> None:
     if method is None or method.extra_network == "teacher" or any(Path(entry).is_file() for entry in config.teachers):
         return
     for entry in config.teachers:
-        path, own = Path(entry), config.teacher_model
-        if path.is_dir():
-            own = deployed_model(RunFolder(path).read_config())
-        elif ":" in entry:
-            own = entry
+        own = told_model(entry) or config.teacher_model
         if own != config.teacher_model:
             raise InputError(
                 f"teacher {entry} is {own}, and --teacher-model says {config.teacher_model}: name another teacher, or "
                 "leave --teacher-model out, which is for weight files and teachers that are trained first"
             )
+
+
+def told_model(entry: str) -> str | None:
+    """The network that a teacher says it is; None of a weight file, which says nothing."""
+    if Path(entry).is_dir():
+        return deployed_model(RunFolder(Path(entry)).read_config())
+    return entry if ":" in entry and not Path(entry).exists() else None
 
 
 def _of_run(path: Path, num_classes: int) -> nn.Module:

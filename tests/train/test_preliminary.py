@@ -97,9 +97,11 @@ def test_several_teachers_differ_and_are_replicas_of_one_run(train):
 
 
 def test_every_stage_learns_from_the_one_before(train):
-    run = train("--method", "feed-sequential", "--feed-stages", 3)
-    taught = [json.loads((run.path / f"stages/stage{i}/config.json").read_text())["teachers"] for i in (1, 2)]
-    assert taught == [[str(run.path / "teachers")], [str(run.path / "stages/stage1")]]
+    run = train("--method", "feed-sequential", "--feed-stages", 3, "--teacher-model", "resnet14")
+    stages = [json.loads((run.path / f"stages/stage{i}/config.json").read_text()) for i in (1, 2)]
+    assert [own["teachers"] for own in stages] == [[str(run.path / "teachers")], [str(run.path / "stages/stage1")]]
+    assert run.config["teacher_model"] == "resnet14"
+    assert [own["teacher_model"] for own in stages] == ["resnet14", "resnet8"]
     config = TrainConfig(**{**run.config, "out": run.path, "teachers": ()})
     given = preliminary.prepared(config, 3, None)
     last = load_file(run.path / "stages/stage2/student0.safetensors")
@@ -113,6 +115,7 @@ def test_named_teachers_are_used_as_they_are(train, tmp_path):
     by_run = train("--method", "kd", "--teachers", teacher.path, out="by_run")
     by_file = train("--method", "kd", "--teachers", teacher.path / "student0.safetensors", out="by_file")
     assert folders(by_run.path) == folders(by_file.path) == {}
+    assert (by_run.config["teacher_model"], by_file.config["teacher_model"]) == (None, "resnet8")
     ours, theirs = by_run.weights("student0"), by_file.weights("student0")
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert all(torch.equal(x, before[key]) for key, x in teacher.weights("student0").items())
@@ -125,6 +128,7 @@ def test_a_search_of_another_run_takes_the_place_of_one(train):
     again = train("--method", "dfa", "--teachers", teacher.path, "--aggregation-file", found, out="again")
     assert folders(again.path) == {}
     assert all(torch.equal(x, first.weights("student0")[key]) for key, x in again.weights("student0").items())
+    assert json.loads((found.parent / "config.json").read_text())["teacher_model"] == "resnet8"
     alone = train("--method", "dfa-search", "--teachers", teacher.path, out="alone")
     groups = json.loads((alone.path / "aggregation.json").read_text())["groups"]
     assert all(sum(group["weights"]) == pytest.approx(1) for group in groups)
