@@ -39,6 +39,8 @@ def resolved(config: TrainConfig) -> TrainConfig:
     filled: dict[str, Any] = {"milestones": milestones(config)}
     filled["log"] = () if "off" in config.log else tuple(dict.fromkeys(config.log))
     named = config.student_models
+    if not method.has_students and (named or config.students not in (None, 1)):
+        raise InputError(f"{config.method} trains no students: leave --students out")
     if named is None:
         filled["model"] = config.model or MODEL
     elif len(named) == 1:

@@ -14,7 +14,7 @@ import torch
 
 from fastfuse import info
 from fastfuse.errors import InputError
-from fastfuse.kernels import _build, _extension
+from fastfuse.kernels import _build, _dispatch, _extension, _triton
 
 ROOT = Path(__file__).parents[2]
 # Bytes of shared memory that one block may have (CUDA programming guide, compute capabilities 8.0 and 9.0).
@@ -195,6 +195,9 @@ def test_tensors_it_cannot_serve_load_nothing(nothing_built):
     assert _extension.why_not(torch.ones(1)) == "its kernels run on CUDA tensors, this one is on cpu"
     if not torch.cuda.is_available():
         assert _extension.why_not(None) == "this machine has no CUDA device"
+        # The interpreter, which Triton's reason names, would not help an operator that needs both.
+        nothing_built.setattr(_triton, "interpreting", lambda: False)
+        assert _dispatch.why_not("concat_fuse", "cuda") == "this machine has no CUDA device"
 
 
 def test_of_several_first_users_one_compiles(nothing_built):

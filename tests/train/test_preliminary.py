@@ -209,6 +209,7 @@ def test_bad_input_is_found_before_the_teachers_are_trained(refused):
             "teacher torchvision:resnet18 is torchvision:resnet18, and --teacher-model says wrn10_1: name",
         ),
         ("--method kd --leader resnet8", "kd has no leader"),
+        ("--method paraphraser --students 3", "paraphraser trains no students: leave --students out"),
     ],
 )
 def test_what_cannot_be_used_is_said(refused, options, said):

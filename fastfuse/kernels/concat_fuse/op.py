@@ -16,6 +16,8 @@ _dispatch.register("concat_conv1x1", {"triton": _triton.why_not, "reference": No
 
 def _why_not_cuda(tensor: Tensor | None) -> str | None:
     """Its part in CUDA C++ is joined with Triton kernels for the rest."""
+    if tensor is None:  # which nothing is compiled for: without a GPU the interpreter would not help
+        return _extension.why_not(None) or _triton.why_not(None)
     return _triton.why_not(tensor) or _extension.why_not(tensor)
 
 
