@@ -28,6 +28,8 @@ from fastfuse.nn.transforms import DeepToShallow
 
 METHODS = {"ffsd": ffsd, "ffl": ffl, "ffcl": ffcl}
 FEATURE_TERMS = ("attention", "mse", "kl")
+# Those that need the channels of both maps to be equal.
+_CONNECTING = ("mse", "kl")
 
 
 class FusionLossOutput(NamedTuple):
@@ -135,12 +137,7 @@ class FusionLoss(nn.Module):
         leader_size: int | tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        if method not in METHODS:
-            raise unknown_name("method", method, METHODS)
-        if feature is not None and feature not in FEATURE_TERMS:
-            raise unknown_name("feature term", feature, FEATURE_TERMS)
-        if num_classes < 1:
-            raise InputError(f"num_classes must be at least 1, not {num_classes}")
+        _check_choices(method, feature, num_classes)
         check_number("feature_weight", feature_weight)
         check_number("feature_temperature", feature_temperature, positive=True)
         self.method = method
@@ -171,45 +168,16 @@ class FusionLoss(nn.Module):
         self.feature_channels = [channel_list(c) for c in feature_channels]
         self.leader_channels = None if leader_channels is None else channel_list(leader_channels)
         check_networks(method, self.feature_channels, self.leader_channels)
-
         self.fused_stages = check_fused_stages(
             self.hyperparameters.get("fused_stages", 1), len(self.feature_channels[0])
         )
         by_depth = sizes_by_depth(feature_sizes, self.fused_stages)
-        sizes = checked_sizes(by_depth[0], leader_size, len(self.feature_channels))
-        self.feature_sizes: list[tuple[int, int]] | None = sizes[0] if sizes else None
-        self.fused_size: tuple[int, int] | None = sizes[1] if sizes else None
-        if sizes and method == "ffsd" and feature is not None:
-            raise InputError(f"ffsd has no feature={feature!r} for last maps of several sizes: leave it out")
-
-        last = [channels[-1] for channels in self.feature_channels]
-        self.regressors = nn.ModuleDict()
-        if sizes:
-            self._build_regressors(last, *sizes)
-        # The leader's transform reads the fused map, so the fused map has the leader's width where there is a leader.
-        fused_channels = self.leader_channels[-1] if self.leader_channels else max(last)
-        self.fusion = FusionHead(last, fused_channels, num_classes)
-        self.trans_fusion = TransFusion([self.leader_channels[-1]], sum(last)) if self.leader_channels else None
-        self.transforms = nn.ModuleDict()
-        self.transform_sources: dict[str, int | str] = {}
-        if method == "ffsd" and len(self.feature_channels[0]) > 1:
-            self._build_transforms()
-        self.weights = METHODS[method].weights_of(self)
-        self.connectors = nn.ModuleDict()
-        # How far the fused map is: what the feature term, or the method itself, measures through connectors.
-        distance = self.hyperparameters.get("feature_distance")
-        connecting = [d for d in (feature, distance) if d in ("mse", "kl")]
-        if len(connecting) > 1:
-            raise InputError(
-                f"feature={feature!r} and feature_distance={distance!r} hold the same maps against each other "
-                "through the same connectors: leave feature out"
-            )
-        if connecting:
-            self._build_connectors(last, fused_channels)
+        self._take_sizes(by_depth[0], leader_size)
+        self._build_last(num_classes)
         self.shallow_fusions = nn.ModuleDict()
         self.shallow_sizes: list[list[tuple[int, int]] | None] = []
         for depth, own in enumerate(by_depth[1:], start=2):
-            self._build_shallower(depth, own, num_classes, connected=distance in ("mse", "kl"))
+            self._build_shallower(depth, own, num_classes)
 
     def forward(
         self,
@@ -329,6 +297,44 @@ class FusionLoss(nn.Module):
         )
         return ParameterGroups(groups, adam)
 
+    def _take_sizes(self, given: Sequence[Any] | None, leader_size: Any) -> None:
+        """Of the last maps, and of what they are brought to where they differ."""
+        sizes = checked_sizes(given, leader_size, len(self.feature_channels))
+        self.feature_sizes: list[Size] | None = sizes[0] if sizes else None
+        self.fused_size: Size | None = sizes[1] if sizes else None
+        if sizes and self.method == "ffsd" and self.feature is not None:
+            raise InputError(f"ffsd has no feature={self.feature!r} for last maps of several sizes: leave it out")
+
+    def _build_last(self, num_classes: int) -> None:
+        """What reads the last maps, and the transforms; initial weights are drawn in this order."""
+        last = [channels[-1] for channels in self.feature_channels]
+        self.regressors = nn.ModuleDict()
+        if self.feature_sizes and self.fused_size:
+            self._build_regressors(last, self.feature_sizes, self.fused_size)
+        # The leader's transform reads the fused map, so the fused map has the leader's width where there is a leader.
+        fused_channels = self.leader_channels[-1] if self.leader_channels else max(last)
+        self.fusion = FusionHead(last, fused_channels, num_classes)
+        self.trans_fusion = TransFusion([self.leader_channels[-1]], sum(last)) if self.leader_channels else None
+        self.transforms = nn.ModuleDict()
+        self.transform_sources: dict[str, int | str] = {}
+        if self.method == "ffsd" and len(self.feature_channels[0]) > 1:
+            self._build_transforms()
+        self.weights = METHODS[self.method].weights_of(self)
+        self.connectors = nn.ModuleDict()
+        if self._connects():
+            self._build_connectors(last, fused_channels)
+
+    def _connects(self) -> bool:
+        """Whether the feature term, or the method itself, measures through connectors how far the fused map is."""
+        distance = self.hyperparameters.get("feature_distance")
+        connecting = [d for d in (self.feature, distance) if d in _CONNECTING]
+        if len(connecting) > 1:
+            raise InputError(
+                f"feature={self.feature!r} and feature_distance={distance!r} hold the same maps against each other "
+                "through the same connectors: leave feature out"
+            )
+        return bool(connecting)
+
     def _build_regressors(self, channels: list[int], sizes: list[Size], goal: Size, depth: int = 1) -> None:
         for i, (own, size) in enumerate(zip(channels, sizes, strict=True)):
             if size != goal:
@@ -339,14 +345,14 @@ class FusionLoss(nn.Module):
             if own != fused_channels:
                 self.connectors[_part(i, depth)] = Connector(own, fused_channels)
 
-    def _build_shallower(self, depth: int, given: Sequence[Any] | None, num_classes: int, *, connected: bool) -> None:
+    def _build_shallower(self, depth: int, given: Sequence[Any] | None, num_classes: int) -> None:
         channels = [own[-depth] for own in self.feature_channels]
         sizes = checked_sizes(given, None, len(channels))
         self.shallow_sizes.append(sizes[0] if sizes else None)
         if sizes:
             self._build_regressors(channels, *sizes, depth)
         self.shallow_fusions[f"fusion{depth}"] = FusionHead(channels, max(channels), num_classes)
-        if connected:
+        if self.hyperparameters.get("feature_distance") in _CONNECTING:
             self._build_connectors(channels, max(channels), depth)
 
     def _build_transforms(self) -> None:
@@ -369,6 +375,15 @@ class FusionLoss(nn.Module):
         if self.feature == "mse":
             return functional.feature_mse(maps, fused_map)
         return functional.feature_kl(maps, fused_map, temperature=self.feature_temperature)
+
+
+def _check_choices(method: str, feature: str | None, num_classes: int) -> None:
+    if method not in METHODS:
+        raise unknown_name("method", method, METHODS)
+    if feature is not None and feature not in FEATURE_TERMS:
+        raise unknown_name("feature term", feature, FEATURE_TERMS)
+    if num_classes < 1:
+        raise InputError(f"num_classes must be at least 1, not {num_classes}")
 
 
 def _part(student: int, depth: int) -> str:
