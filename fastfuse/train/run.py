@@ -69,7 +69,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if config.max_time is not None:
         left = config.max_time - (time.monotonic() - began) / 60
         config = dataclasses.replace(config, max_time=max(left, 0.0))
-    explained = (_out_of_memory_explained(config), lost_workers_explained())
+    explained = (_out_of_memory_explained(config, device), lost_workers_explained())
     with closing(dataset), _arithmetic(config), explained[0], explained[1]:
         trainer = Trainer(config, run, dataset, method, device, preliminary.fingerprint(given), processes)
         if state is not None:
@@ -121,7 +121,7 @@ def _arithmetic(config: TrainConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _out_of_memory_explained(config: TrainConfig) -> Iterator[None]:
+def _out_of_memory_explained(config: TrainConfig, device: torch.device) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -129,7 +129,8 @@ def _out_of_memory_explained(config: TrainConfig) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         first = (str(error).splitlines() or ["no details"])[0]
+        half = "" if modes.pick_amp(config.amp, device) != "off" else ", or give --amp bf16"
         raise FastfuseError(
-            f"out of memory with --batch-size {config.batch_size} and --students {config.students}: lower either, or "
-            f"give --amp bf16; the last checkpoint in {config.out} is intact ({first})"
+            f"out of memory with --batch-size {config.batch_size} and --students {config.students}: lower either"
+            f"{half}; the last checkpoint in {config.out} is intact ({first})"
         ) from error

@@ -5,8 +5,10 @@ import functools
 import pytest
 import torch
 
-from fastfuse.errors import InputError
+from fastfuse.config import TrainConfig
+from fastfuse.errors import FastfuseError, InputError
 from fastfuse.train import build, modes
+from fastfuse.train import run as run_module
 from fastfuse.train.checkpoint import load
 from fastfuse.train.step import TrainStep
 
@@ -114,3 +116,10 @@ def test_out_of_memory_says_what_to_lower_and_keeps_the_checkpoint(train, refuse
     assert load(tmp_path / "run" / "checkpoint.pt")["position"]["epoch"] == 1
     monkeypatch.undo()
     assert train("--epochs", 3, "--resume").summary["completed"]
+
+
+def test_out_of_memory_in_half_precision_does_not_ask_for_it():
+    config = TrainConfig(method="dml", amp="bf16", batch_size=8, students=2)
+    said = pytest.raises(FastfuseError, match=r"--batch-size 8 and --students 2: lower either; the last checkpoint")
+    with said, run_module._out_of_memory_explained(config, CPU):
+        raise torch.OutOfMemoryError("CUDA out of memory")
