@@ -24,6 +24,11 @@ QUICK_STUDENTS = STUDENTS | {"scaling": [2, 4]}
 # Of the suites that are not here, and without --quick of all, a model's own: see `benchmarks.cases`.
 QUICK_BATCH_SIZE = {"epoch": 16, "scaling": 16, "teachers": 16}
 QUICK_REPEATS = {"step": 5, "epoch": 2, "scaling": 2, "teachers": 2, "kernels": 2, "methods": 1, "data": 2}
+# Options of some suites alone: the others would pass over them in silence.
+OF_SUITES = {"providers": ("step", "scaling"), "replicas": ("scaling",), "images": ("epoch", "methods", "data")}
+OF_SUITES |= dict.fromkeys(("methods", "teacher_model"), ("step", "methods"))
+OF_SUITES |= dict.fromkeys(("epochs", "seeds", "classes", "data_path", "data_root"), ("methods",))
+OF_SUITES |= dict.fromkeys(("part", "ops", "max_time", "after"), ("kernels",))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -108,6 +113,12 @@ def check(options: argparse.Namespace) -> None:
         for value in given if isinstance(given, list) else [given]:
             if value is not None and value < lowest:
                 raise InputError(f"--{name.replace('_', '-')} must be at least {lowest}, not {value}")
+    for name, suites in OF_SUITES.items():
+        if getattr(options, name) is not None and options.suite not in (*suites, "all"):
+            option, several = f"--{name.replace('_', '-')}", "s" if len(suites) > 1 else ""
+            raise InputError(f"{option} is of the suite{several} {', '.join(suites)}: leave it out")
+    if options.quick and options.suite == "step" and options.providers:
+        raise InputError("--quick measures published and fastfuse: leave --providers or --quick out")
     if options.suite in ("step", "all") and options.methods not in (None, ["ffsd"]):
         for name in ("students", "providers", "quick", "plot"):
             if getattr(options, name) not in (None, False):

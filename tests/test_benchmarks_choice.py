@@ -2,6 +2,8 @@
 
 import builtins
 import dataclasses
+import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,6 +76,13 @@ def test_an_option_that_cannot_be_is_one_line(arguments, message, capsys):
     ("suite", "arguments", "message"),
     [
         pytest.param("epoch", ["--plot", "x.png"], "draws the suites step and scaling", id="nothing-to-draw"),
+        pytest.param(
+            "epoch", ["--providers", "fastfuse"], "is of the suites step, scaling: leave it out", id="in-vain"
+        ),
+        pytest.param("step", ["--part", "1/2"], "--part is of the suite kernels: leave it out", id="of-one-suite"),
+        pytest.param(
+            "step", ["--quick", "--providers", "compile"], "published and fastfuse: leave", id="quick-programs"
+        ),
         pytest.param("all", ["--plot", "x.png"], "needs --out instead of a file", id="several-pictures"),
         pytest.param("steps", [], "unknown suite 'steps': did you mean step", id="suite"),
     ],
@@ -81,6 +90,13 @@ def test_an_option_that_cannot_be_is_one_line(arguments, message, capsys):
 def test_a_suite_refuses_what_is_not_its(suite, arguments, message, capsys):
     assert run.main(["--suite", suite, "--device", "cpu", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suite", ["step", "methods_step", "epoch", "scaling", "teachers", "data", "kernels"])
+def test_every_column_is_explained(suite):
+    text = (Path(run.__file__).parent / "README.md").read_text()
+    columns = importlib.import_module(f"benchmarks.{suite}").COLUMNS
+    assert [key for key in columns if f"`{key}`" not in text] == []
 
 
 def test_compiling_without_a_compiler_is_refused_by_name(monkeypatch):
