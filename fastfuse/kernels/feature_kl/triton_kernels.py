@@ -27,6 +27,7 @@ FEW = 4
 WARPS = 4
 # A thread's registers in the backward of more than FEW: left alone, the assembler takes 40 and spills 16 bytes (of
 # float32, sm_80, triton 3.6), or 128 and spills 24 (bfloat16, sm_100). Pieces of 64 positions need more than 128.
+# In the forward of FEW whose rows are not contiguous it takes 64 and spills up to 40 (float16, sm_90, triton 3.8).
 MOST_REGISTERS = 168
 # The longest piece of a row in one tile: where rows are contiguous in memory, and where their neighbours are. With 512
 # and 32, eight students spill 24 bytes of registers on sm_80, and 16 on sm_90 with triton 3.6.
@@ -245,7 +246,9 @@ class _Launch:
         rounded = struct.unpack("f", struct.pack("f", 1 / temperature))[0]
         self.inverse_temperature = rounded, 1 / temperature - rounded
         self.options = {"STUDENTS": len(features), **tile, "num_warps": WARPS}
-        self.limit = {} if together <= FEW else {"maxnreg": MOST_REGISTERS}
+        strided = together == FEW and features[0].dtype == torch.float16 and not contiguous
+        self.forward_limit = {"maxnreg": MOST_REGISTERS} if strided else {}
+        self.backward_limit = {} if together <= FEW else {"maxnreg": MOST_REGISTERS}
 
     def _extent(self, x: Tensor) -> tuple[int, int, int]:
         """Samples, rows in a sample, elements in a row."""
@@ -265,8 +268,9 @@ def forward(features: Sequence[Tensor], targets: Sequence[Tensor], temperature: 
     partial = features[0].new_empty(launch.grid, dtype=torch.float32)
     loss = features[0].new_empty((), dtype=torch.float32)
     feature_kl_fwd_sum_kernel[launch.grid](
-        maps, launch.strides(maps), launch.extents, launch.scales, partial, launch.inverse_temperature, **launch.options
-    )
+        maps, launch.strides(maps), launch.extents, launch.scales, partial, launch.inverse_temperature,
+        **launch.options, **launch.forward_limit,
+    )  # fmt: skip
     feature_kl_fwd_finish_kernel[(1,)](partial, loss, partial.numel(), BLOCK=FINISH_BLOCK)
     return loss
 
@@ -283,6 +287,6 @@ def backward(
     launch, to = _Launch(features, targets, temperature, over_channels), _students.Places(features, targets, wanted)
     feature_kl_bwd_kernel[launch.grid](
         gradient, to.maps, to.gradients, launch.strides((*to.maps, *to.gradients)), launch.extents, launch.scales,
-        launch.inverse_temperature, WANTED=to.wanted, **launch.options, **launch.limit,
+        launch.inverse_temperature, WANTED=to.wanted, **launch.options, **launch.backward_limit,
     )  # fmt: skip
     return to.found
