@@ -314,12 +314,12 @@ def test_no_speed_of_a_form_that_computes_something_else(monkeypatch):
 def test_what_a_method_cannot_do_is_left_out_and_said():
     warnings = []
     made = methods_step.prepared(
-        CASE, ["independent", "ffl"], [Form("eager", "loop"), Form("eager", "grouped")], None, warnings
+        CASE, ["independent", "paraphraser"], [Form("eager", "loop"), Form("eager", "grouped")], None, warnings
     )
     assert [(name, one.form.strategy) for (name, _), one in made.items()] == [
-        *(("independent", "loop"), ("independent", "grouped"), ("ffl", "loop"))
+        *(("independent", "loop"), ("independent", "grouped"), ("paraphraser", "loop"))
     ]
-    assert len(warnings) == 1 and warnings[0].startswith("resnet8 ffl eager/grouped left out: ")
+    assert len(warnings) == 1 and warnings[0].startswith("resnet8 paraphraser eager/grouped left out: ")
 
 
 @pytest.mark.long

@@ -35,13 +35,14 @@ class Networks(nn.Module):
     """
 
     stacked: Any  # a `Stacked`, where the strategy is grouped
-    _cast: list[nn.Module] | None = None
-    _counting: list[nn.Module] | None = None
-    _graphs: list[fx.Graph | None] | None = None
+    _cast: list[nn.Module] | None
+    _counting: list[nn.Module] | None
+    _graphs: list[fx.Graph | None] | None
 
     def __init__(self, networks: Iterable[nn.Module]) -> None:
         super().__init__()
         self.strategy, self.replicas, self.casts_together = "loop", 1, True
+        self._cast = self._counting = self._graphs = None
         self._set_members(networks)
         self._count = len(self._modules)
 

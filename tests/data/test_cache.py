@@ -99,7 +99,7 @@ def test_a_truncated_cache_is_said_and_made_anew(folder, cache, made, file, capl
     (cache / file).write_bytes((cache / file).read_bytes()[:-100])
     with caplog.at_level(logging.WARNING):
         assert_same(collect(load(folder, cache)), collect(load(folder, made)))
-    assert "train-18 is damaged" in caplog.text and "test-18" not in caplog.text
+    assert "train-18 is damaged" in caplog.text and "/test-18" not in caplog.text
     assert (cache / "train-18.pixels").read_bytes() == (made / "train-18.pixels").read_bytes()
 
 
