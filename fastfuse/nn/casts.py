@@ -36,9 +36,8 @@ def cast_together(layers: Callable[[], Sequence[nn.Module]], device_type: str) -
         layers: gives those of `layers_of`; asked only if they are needed.
         device_type: of their inputs.
     """
-    if torch.compiler.is_compiling() or not _casting(
-        device_type
-    ):  # in this order: torch 2.11 cannot trace the question
+    # In this order: torch 2.11 cannot trace the question.
+    if torch.compiler.is_compiling() or not _casting(device_type):
         yield
         return
     held: Any = [layer._parameters for layer in layers()]

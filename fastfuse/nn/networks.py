@@ -56,22 +56,25 @@ class Networks(nn.Module):
         Args:
             images: [N, 3 R, H, W], or, of networks that are not stacked, R batches in a list.
         """
-        own = list(images.chunk(self.replicas, 1)) if isinstance(images, Tensor) else images
         if self.casts_together and self.strategy != "branches":  # whose streams would read what is another's
-            with cast_together(self.cast_layers, own[0].device.type):
-                return self.stacked(images) if self.strategy == "grouped" else self._members_outputs(own)
-        return self.stacked(images) if self.strategy == "grouped" else self._members_outputs(own)
+            device = images.device if isinstance(images, Tensor) else images[0].device
+            with cast_together(self.cast_layers, device.type):
+                return self._outputs(images)
+        return self._outputs(images)
 
     def apart(self, outputs: Any) -> list[Any]:
         """What each network gives, from what `together` gave."""
         return self.stacked.apart(outputs) if self.strategy == "grouped" else outputs
 
-    def _members_outputs(self, images: Sequence[Tensor]) -> list[Any]:
+    def _outputs(self, images: Tensor | Sequence[Tensor]) -> Any:
+        if self.strategy == "grouped":
+            return self.stacked(images)
+        own = images.chunk(self.replicas, 1) if isinstance(images, Tensor) else images
         each = self._count // self.replicas
-        calls = [(network, images[i // each]) for i, network in enumerate(self)]
+        calls = [(network, own[i // each]) for i, network in enumerate(self)]
         with counted_together(self.counting_norms):
             if self.strategy == "branches":
-                return _in_branches(calls, images[0].device)
+                return _in_branches(calls, own[0].device)
             if self._graphs is not None and self.training:
                 return in_step(walk(*call, graph) for call, graph in zip(calls, self._graphs, strict=True))
             return [network(batch) for network, batch in calls]

@@ -52,8 +52,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     state = checkpoint.load_matching(run.checkpoint, config, dataset.fingerprint()) if resuming else None
     # First without what must be trained before, so that bad input is found before hours of it.
     standing, given = preliminary.stand_in(config, dataset.num_classes)
-    method = _assembled(standing, dataset, given, fresh=state is None).to(device)
-    distributed.arrange(method, config.strategy, processes)
+    method = _arranged(standing, dataset, given, device, fresh=state is None)
     if processes.leads:
         _begin(run, config)
     processes.wait()
@@ -64,8 +63,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         except preliminary.OutOfTime:
             processes.wait()
             return {"run": str(run.path), "networks": {}, "completed": False}
-        method = _assembled(config, dataset, given, fresh=state is None).to(device)
-        distributed.arrange(method, config.strategy, processes)
+        method = _arranged(config, dataset, given, device, fresh=state is None)
     if config.max_time is not None:
         left = config.max_time - (time.monotonic() - began) / 60
         config = dataclasses.replace(config, max_time=max(left, 0.0))
@@ -101,6 +99,15 @@ def _draw_search(run: RunFolder, *, quiet: bool) -> None:
     except InputError as error:
         if not quiet:
             print(f"fastfuse: no aggregation.png: {error}", file=sys.stderr)
+
+
+def _arranged(
+    config: TrainConfig, dataset: Dataset, given: dict[str, Any], device: torch.device, *, fresh: bool
+) -> Method:
+    with _out_of_memory_explained(config, device):
+        method = _assembled(config, dataset, given, fresh=fresh).to(device)
+        distributed.arrange(method, config.strategy, distributed.current())
+    return method
 
 
 def _assembled(config: TrainConfig, dataset: Dataset, given: dict[str, Any], *, fresh: bool) -> Method:

@@ -1,11 +1,17 @@
 """Every method ready to train, with what it must be given: teachers, paraphrasers, searched weights."""
 
+import copy
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from fastfuse import models
 from fastfuse.methods import METHODS, Method, build_method
 from fastfuse.methods.branching import Branched
+from fastfuse.methods.replicas import Replicas
 from fastfuse.nn.factor import Paraphraser
+from tests.losses.batches import differing
 from tests.nn.stacking import untidy
 
 # Nothing that these train is a network that classifies images on its own.
@@ -75,3 +81,22 @@ def make(name: str, students: int = 2, *, model: str | None = None, num_classes:
     return build_method(
         name, model=model, students=students_of(name, students), num_classes=num_classes, **given, **options
     ).train()
+
+
+def replicas_differing(methods: list[Method], strategy: str, batches: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Of methods run as replicas on a batch each: the terms that are not those of the methods alone, in float64."""
+    alone = copy.deepcopy(methods)
+    names = [f"r{i}" for i in range(len(methods))]
+    together = Replicas(methods, names)
+    assert together.arrange(strategy) == strategy
+    parameters = [p for groups in together.parameter_groups() for group in groups for p in group["params"]]
+    assert sorted(map(id, parameters)) == sorted(map(id, together.parameters()))
+    progress = torch.tensor(5.0, dtype=torch.float64)
+    images, labels = torch.cat([x for x, _ in batches], 1), torch.stack([y for _, y in batches])
+    terms = together(images, labels, progress).terms
+    wanted = {
+        f"{name}/{term}": value
+        for name, own, given in zip(names, alone, batches, strict=True)
+        for term, value in own(*given, progress).terms.items()
+    }
+    return differing({name: terms[name] for name in wanted}, wanted, 1e-9)

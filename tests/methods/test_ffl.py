@@ -13,13 +13,13 @@ from fastfuse import models
 from fastfuse.errors import InputError
 from fastfuse.methods import Method, build_method
 from fastfuse.methods.ffl import FFL
-from fastfuse.methods.replicas import Replicas
 from fastfuse.models._blocks import NetworkOutput, pooled
 from fastfuse.train.optim import build_optimizers
 from fastfuse.train.step import TrainStep
 from tests import replay
 from tests.losses import published
 from tests.losses.batches import differing, error
+from tests.methods.making import replicas_differing
 
 CLASSES, BATCH = 6, 4
 
@@ -218,18 +218,8 @@ def test_networks_of_several_architectures_run_one_after_another() -> None:
 @pytest.mark.parametrize("names", [("resnet8", "resnet8"), ("resnet8", "coarse")], ids=str)
 def test_replicas_are_runs_of_their_own(names: tuple[str, ...]) -> None:
     methods = [separate(*names, image_size=16) for _ in range(2)]
-    alone = copy.deepcopy(methods)
-    together = Replicas(methods, ["a", "b"])
-    together.arrange("grouped" if len(set(names)) == 1 else "loop")
-    parameters = [p for groups in together.parameter_groups() for group in groups for p in group["params"]]
-    assert sorted(map(id, parameters)) == sorted(map(id, together.parameters()))
-    given = [batch() for _ in alone]
-    images, labels = torch.cat([x for x, _ in given], 1), torch.stack([y for _, y in given])
-    progress = torch.tensor(5.0, dtype=torch.float64)
-    found = together(images, labels, progress)
-    for name, own, (x, y) in zip("ab", alone, given, strict=True):
-        wanted = own(x, y, progress)
-        assert differing({term: found.terms[f"{name}/{term}"] for term in wanted.terms}, wanted.terms, 1e-9) == {}
+    strategy = "grouped" if len(set(names)) == 1 else "loop"
+    assert replicas_differing(methods, strategy, [batch() for _ in methods]) == {}
 
 
 def test_heads_of_evaluation_read_regressed_maps() -> None:

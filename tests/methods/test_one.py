@@ -11,11 +11,11 @@ from fastfuse import models
 from fastfuse.errors import InputError
 from fastfuse.methods import METHODS, build_method
 from fastfuse.methods.one import ONE
-from fastfuse.methods.replicas import Replicas
 from fastfuse.train.optim import build_optimizers
 from fastfuse.train.step import TrainStep
 from tests.losses import published
 from tests.losses.batches import differing, error
+from tests.methods.making import replicas_differing
 
 CLASSES, BATCH = 6, 5
 
@@ -150,15 +150,4 @@ def test_refusals_say_what_to_do(students: int, options: dict, says: str) -> Non
 @pytest.mark.parametrize("model", ["resnet8", "wrn10_1"])
 def test_replicas_in_one_pass_are_runs_of_their_own(model: str) -> None:
     methods = [make(2, model) for _ in range(2)]
-    alone = copy.deepcopy(methods)
-    together = Replicas(methods, ["a", "b"])
-    assert together.arrange("grouped") == "grouped"
-    parameters = [p for groups in together.parameter_groups() for group in groups for p in group["params"]]
-    assert sorted(map(id, parameters)) == sorted(map(id, together.parameters()))
-    given = [batch() for _ in alone]
-    images, labels = torch.cat([x for x, _ in given], 1), torch.stack([y for _, y in given])
-    progress = torch.tensor(5.0, dtype=torch.float64)
-    found = together(images, labels, progress)
-    for name, own, (x, y) in zip("ab", alone, given, strict=True):
-        wanted = own(x, y, progress)
-        assert differing({term: found.terms[f"{name}/{term}"] for term in wanted.terms}, wanted.terms, 1e-9) == {}
+    assert replicas_differing(methods, "grouped", [batch() for _ in methods]) == {}

@@ -7,6 +7,7 @@ import torch
 
 from fastfuse.config import TrainConfig
 from fastfuse.errors import FastfuseError, InputError
+from fastfuse.methods import Method
 from fastfuse.train import build, modes
 from fastfuse.train import run as run_module
 from fastfuse.train.checkpoint import load
@@ -116,6 +117,15 @@ def test_out_of_memory_says_what_to_lower_and_keeps_the_checkpoint(train, refuse
     assert load(tmp_path / "run" / "checkpoint.pt")["position"]["epoch"] == 1
     monkeypatch.undo()
     assert train("--epochs", 3, "--resume").summary["completed"]
+
+
+def test_out_of_memory_before_the_first_step_is_one_line_too(refused, monkeypatch):
+    def to(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Method, "to", to)
+    message = refused()
+    assert all(word in message for word in ("--batch-size 24", "--students 2", "lower either"))
 
 
 def test_out_of_memory_in_half_precision_does_not_ask_for_it():
